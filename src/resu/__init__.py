@@ -1,0 +1,56 @@
+"""resu: sparse PyTorch networks, through training to real memory and real speed.
+
+Names resolve on first use; ``import resu`` loads nothing else, not even torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# name -> module that defines it
+_NAMES = {
+    "SparseMask": "resu.core.mask",
+    "Unstructured": "resu.core.pattern",
+    "NM": "resu.core.pattern",
+    "Block": "resu.core.pattern",
+    "Channel": "resu.core.pattern",
+    "SelectionConfig": "resu.core.selective",
+    "RESULinear": "resu.modules.linear",
+    "RESUConv2d": "resu.modules.conv",
+    "RESUMode": "resu.modules.base",
+    "convert_to_resu": "resu.modules.convert",
+    "get_resu_modules": "resu.modules.convert",
+    "resurrection_parameters": "resu.modules.convert",
+    "memory_report": "resu.modules.memory",
+    "save_checkpoint": "resu.formats.files",
+    "load_checkpoint": "resu.formats.files",
+    "Sparsifier": "resu.training.sparsifier",
+    "RESUConfig": "resu.training.config",
+    "RESUCycle": "resu.training.cycle",
+    "RESUTrainer": "resu.training.cycle",
+}
+
+__all__ = ["__version__", *_NAMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("resu-torch")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            return "0+unknown"
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    try:  # resu.core, resu.pruning, … without an import statement of their own
+        return importlib.import_module(f"resu.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"resu.{name}":
+            raise
+        raise AttributeError(f"module 'resu' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,209 @@
+"""Exact counts: how many of ``n`` weights a sparsity removes, and which ones a score keeps.
+
+A count is always an integer computed from the decimal the user wrote. It never comes from a
+threshold, a quantile or a random draw, so that ties and rounding cannot change it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_finite",
+    "check_sparsity",
+    "keep_count",
+    "largest_remainder",
+    "pruned_count",
+    "top_k_mask",
+    "top_k_rows",
+]
+
+
+def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+    """Return ``sparsity`` unchanged if it is a number in [0, 1).
+
+    Args:
+        sparsity: Fraction of weights removed.
+        name: What to call it in the error.
+
+    Raises:
+        TypeError: If it is not a real number (a string or a bool is not).
+        ValueError: If it is NaN or outside [0, 1).
+
+    Example:
+        >>> check_sparsity(0.9)
+        0.9
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+        raise TypeError(
+            f"{name} must be a number in [0, 1), got {sparsity!r} of type {type(sparsity).__name__}; "
+            "write for example 0.5 to remove half of the weights"
+        )
+    if math.isnan(sparsity) or not 0.0 <= sparsity < 1.0:
+        hint = " (a percentage? divide by 100)" if 1.0 < sparsity <= 100.0 else ""
+        raise ValueError(
+            f"{name} must lie in [0, 1), got {sparsity!r}{hint}; it is the fraction of weights removed"
+        )
+    return sparsity
+
+
+def pruned_count(n: int, sparsity: float) -> int:
+    """How many of ``n`` positions a sparsity removes: ``floor(n * sparsity)`` in exact decimals.
+
+    The sparsity is read as the shortest decimal that prints it, so 0.29 of 100 is 29 although the
+    binary product is 28.999….
+
+    Example:
+        >>> pruned_count(100, 0.29), pruned_count(50257 * 4096, 0.9)
+        (29, 185267404)
+    """
+    check_sparsity(sparsity)
+    return math.floor(n * Fraction(str(sparsity)))
+
+
+def keep_count(n: int, sparsity: float, *, allow_empty: bool = False) -> int:
+    """How many of ``n`` positions stay: ``n - pruned_count(n, sparsity)``, at least one.
+
+    With ``sparsity < 1`` at least one of ``n >= 1`` always stays by the rounding itself;
+    ``allow_empty`` exists for callers that pass ``n == 0``.
+
+    Raises:
+        ValueError: If ``n`` is 0 and ``allow_empty`` is False, or ``n`` is negative.
+    """
+    if n < 0 or (n == 0 and not allow_empty):
+        raise ValueError(f"cannot prune a tensor with {n} elements; exclude empty layers")
+    return n - pruned_count(n, sparsity)
+
+
+def largest_remainder(
+    total: int, quotas: Mapping[str, Fraction | float], caps: Mapping[str, int], minimum: int = 1
+) -> dict[str, int]:
+    """Round real quotas to integers that add up to ``total`` exactly.
+
+    Every entry gets the floor of its quota, within ``[minimum, cap]``; what is left goes one by one to the
+    largest remainders (ties: the earlier name), and around again where caps stop it.
+
+    Args:
+        total: The sum to reach.
+        quotas: Wished real-valued share per name.
+        caps: Largest allowed integer per name (the layer's size).
+        minimum: Smallest allowed integer (lowered to the cap where that is smaller).
+
+    Raises:
+        ValueError: If no rounding can reach the total within the bounds.
+
+    Example:
+        >>> largest_remainder(10, {"a": 3.5, "b": 3.5, "c": 3.0}, {"a": 9, "b": 9, "c": 9})
+        {'a': 4, 'b': 3, 'c': 3}
+    """
+    names = list(quotas)
+    low = {k: min(minimum, caps[k]) for k in names}
+    if not sum(low.values()) <= total <= sum(caps[k] for k in names):
+        raise ValueError(
+            f"cannot place {total} kept weights: these {len(names)} layers hold between "
+            f"{sum(low.values())} (at least {minimum} each) and {sum(caps[k] for k in names)}; "
+            "use another sparsity or other layers"
+        )
+    result = {k: min(max(math.floor(quotas[k]), low[k]), caps[k]) for k in names}
+    left = total - sum(result.values())
+    while left:
+        sign = 1 if left > 0 else -1
+        open_names = [k for k in names if (result[k] < caps[k] if sign > 0 else result[k] > low[k])]
+        # Largest unmet quota first when adding, most over-served first when taking away.
+        open_names.sort(key=lambda k: sign * (result[k] - Fraction(quotas[k])))
+        # Far from the goal many units can move at once without changing the final order of service.
+        for k in open_names[: abs(left)]:
+            room = (caps[k] - result[k]) if sign > 0 else (result[k] - low[k])
+            result[k] += sign * min(max(1, abs(left) // len(open_names)), room)
+        left = total - sum(result.values())
+    return result
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise ``ValueError`` naming how many elements of ``x`` are NaN or infinite."""
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(
+            f"{what} holds {bad} NaN or infinite values of {x.numel()}; "
+            "clean the weights or statistics before pruning"
+        )
+
+
+def _comparable(scores: Tensor) -> Tensor:
+    """Scores in a dtype whose order is exact and which the selection kernels know."""
+    if scores.dtype in (torch.float32, torch.float64):
+        return scores
+    if scores.is_floating_point():
+        return scores.float()  # exact for fp16, bf16, fp8
+    return scores.to(torch.int64)
+
+
+def top_k_mask(scores: Tensor, keep: int) -> Tensor:
+    """Mask of the ``keep`` largest scores; among equal scores the lower flat index stays.
+
+    Args:
+        scores: Any shape, finite, floating or integer.
+        keep: How many to keep, ``0 <= keep <= scores.numel()``.
+
+    Returns:
+        Bool tensor of the shape of ``scores`` with exactly ``keep`` True. O(n) time.
+
+    Raises:
+        ValueError: On NaN scores or an impossible ``keep``.
+
+    Example:
+        >>> top_k_mask(torch.tensor([1.0, 2.0, 2.0, 2.0]), 2)
+        tensor([False,  True,  True, False])
+    """
+    return top_k_rows(scores.reshape(1, -1), keep).reshape(scores.shape)
+
+
+def top_k_rows(scores: Tensor, keep: int | Sequence[int] | Tensor) -> Tensor:
+    """Like :func:`top_k_mask` for each row of a 2-D tensor on its own.
+
+    Args:
+        scores: ``[rows, n]``.
+        keep: One count for all rows, or one per row.
+
+    Returns:
+        Bool ``[rows, n]`` with exactly ``keep`` True per row.
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"expected scores of shape [rows, n], got {tuple(scores.shape)}")
+    rows, n = scores.shape
+    if not isinstance(keep, int):
+        counts = torch.as_tensor(keep, dtype=torch.int64)
+        low, high = int(counts.min()), int(counts.max())
+        if low == high:
+            return top_k_rows(scores, low)
+        if counts.shape != (rows,):
+            raise ValueError(f"keep has shape {tuple(counts.shape)}, expected one count per row ({rows},)")
+        mask = torch.empty(rows, n, dtype=torch.bool, device=scores.device)
+        for k in counts.unique().tolist():  # a handful of distinct counts (remainders), not one per row
+            which = (counts == k).to(scores.device)
+            mask[which] = top_k_rows(scores[which], k)
+        return mask
+    if not 0 <= keep <= n:
+        raise ValueError(f"cannot keep {keep} of {n} positions")
+    if scores.is_floating_point() and bool(torch.isnan(scores).any()):
+        raise ValueError(f"scores hold {int(torch.isnan(scores).sum())} NaN values; clean them before pruning")
+    if keep == n:
+        return torch.ones(rows, n, dtype=torch.bool, device=scores.device)
+    if keep == 0:
+        return torch.zeros(rows, n, dtype=torch.bool, device=scores.device)
+    values = _comparable(scores.detach())
+    threshold = values.kthvalue(n - keep + 1, dim=1, keepdim=True).values
+    mask = values > threshold
+    tied = values == threshold
+    places = keep - mask.sum(dim=1, keepdim=True)
+    if rows == 1:  # one long row: nonzero is far cheaper than a cumulative sum
+        index = tied.view(-1).nonzero().view(-1)[: int(places)]
+        mask.view(-1)[index] = True
+        return mask
+    return mask | (tied & (tied.cumsum(dim=1) <= places))

@@ -1,0 +1,159 @@
+"""The one mechanism that enforces masks: what an optimizer step may not change in a weight.
+
+A :class:`Constraint` names, for one parameter, the positions that training must leave alone: the pruned
+ones, which stay exactly +0.0 (``kind="zero"``), or the active ones, which stay bit-identical
+(``kind="frozen"``). It acts at two places and nowhere else:
+
+* a tensor hook on the parameter masks the incoming gradient (``where``, so that NaN does not survive);
+* after every step of *any* ``torch.optim.Optimizer`` that owns the parameter, the positions are put back.
+
+The second is needed because a zero gradient freezes nothing: momentum carried over from before and weight
+decay still move a weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from resu.core.mask import SparseMask
+from resu.core.optimizer_state import clear_state
+
+__all__ = ["Constraint"]
+
+_live: weakref.WeakSet[Constraint] = weakref.WeakSet()
+_installed = False
+
+# With zero gradient, zero state and no weight decay these leave a weight bit-identical (w - lr * 0 = w).
+# Anything else is put back from a copy taken just before the step.
+_STILL = {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "Adadelta"}
+
+
+class Constraint:
+    """Positions of one parameter that no optimizer step may change, until :meth:`remove`.
+
+    Args:
+        parameter: The weight (a leaf that requires grad, or will).
+        mask: True = active. ``kind="zero"`` holds the pruned positions, ``kind="frozen"`` the active ones.
+        kind: ``"zero"`` (held positions are +0.0) or ``"frozen"`` (held positions keep their bits).
+        mask_gradient: Whether the gradient at held positions is zeroed. A method that learns from the
+            gradient at pruned positions sets it to False for a time; the positions are held all the same.
+
+    Raises:
+        ValueError: If the mask does not fit the parameter.
+    """
+
+    def __init__(
+        self, parameter: Tensor, mask: SparseMask, kind: str = "zero", mask_gradient: bool = True
+    ) -> None:
+        if kind not in ("zero", "frozen"):
+            raise ValueError(f"kind must be 'zero' or 'frozen', got {kind!r}")
+        if mask.shape != parameter.shape:
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} does not fit a weight of shape {tuple(parameter.shape)}"
+            )
+        self._parameter = weakref.ref(parameter)
+        self.mask = mask
+        self.kind = kind
+        self.mask_gradient = mask_gradient
+        self._before: Tensor | None = None
+        self._cleared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._hook = parameter.register_hook(self._masked_gradient) if parameter.requires_grad else None
+        _install()
+        _live.add(self)
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """The weight, or None once it is gone."""
+        return self._parameter()
+
+    def held(self) -> Tensor:
+        """Bool tensor, True where training may change nothing."""
+        mask = self.mask.mask
+        return mask.logical_not_() if self.kind == "zero" else mask
+
+    def _masked_gradient(self, grad: Tensor) -> Tensor:
+        if not self.mask_gradient:
+            return grad
+        return grad.masked_fill(self.held(), 0)
+
+    def enforce(self) -> None:
+        """Zero the pruned positions now (``kind="zero"``)."""
+        parameter = self._parameter()
+        if parameter is not None and self.kind == "zero":
+            with torch.no_grad():
+                parameter.masked_fill_(self.held(), 0)
+
+    def remove(self) -> None:
+        """Let go of the parameter: no hook, no copy, no enforcement."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._before = None
+        _live.discard(self)
+
+    # -- around an optimizer step ---------------------------------------------------------------------
+    def _before_step(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        if self.kind != "frozen":
+            return
+        parameter = self._parameter()
+        assert parameter is not None
+        if optimizer not in self._cleared:  # momentum from before the freeze would move frozen weights
+            clear_state(optimizer, parameter, self.held())
+            self._cleared.add(optimizer)
+        still = type(optimizer).__name__ in _STILL and type(optimizer).__module__.startswith("torch.optim")
+        if not (still and not group.get("weight_decay") and group.get("eps", 1.0) > 0):
+            self._before = parameter.detach().clone()
+
+    def _after_step(self) -> None:
+        parameter = self._parameter()
+        assert parameter is not None
+        if self.kind == "zero":
+            self.enforce()
+        elif self._before is not None:
+            with torch.no_grad():
+                parameter.copy_(torch.where(self.held(), self._before, parameter))
+            self._before = None
+
+
+def _owned(optimizer: Optimizer) -> list[tuple[Constraint, dict[str, Any]]]:
+    if not _live:
+        return []
+    live: dict[int, list[Constraint]] = {}
+    for constraint in _live:
+        parameter = constraint.parameter
+        if parameter is not None:
+            live.setdefault(id(parameter), []).append(constraint)
+    return [
+        (constraint, group)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for constraint in live.get(id(parameter), ())
+    ]
+
+
+def _pre_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for constraint, group in _owned(optimizer):
+        constraint._before_step(optimizer, group)
+
+
+def _post_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for constraint, _ in _owned(optimizer):
+        constraint._after_step()
+
+
+def _install() -> None:
+    """Register the two process-wide hooks once, when the first constraint is made."""
+    global _installed
+    if not _installed:
+        register_optimizer_step_pre_hook(_pre_step)
+        register_optimizer_step_post_hook(_post_step)
+        _installed = True

@@ -1,0 +1,156 @@
+"""Which weights of a model are meant: selection of layers by glob, with ties found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+__all__ = ["Layer", "select"]
+
+# Weights that are multiplied with activations. Embeddings and norms are not, and so never selected unless
+# a glob asks for them by name.
+_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Bilinear)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable weight of a model, found again by name at each use.
+
+    Attributes:
+        name: Parameter name, e.g. ``"encoder.0.fc1.weight"``.
+        module_name: Name of the module that holds it (``""`` for the model itself).
+        attribute: Name of the parameter inside that module.
+        module: The module.
+        transposed: True where the weight is stored ``[in, out]`` (Hugging Face ``Conv1D``).
+        ties: Other parameter names under which the same tensor is known.
+    """
+
+    name: str
+    module_name: str
+    attribute: str
+    module: nn.Module
+    transposed: bool = False
+    ties: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter, looked up now (wrappers and ``.to()`` may have replaced it)."""
+        weight = getattr(self.module, self.attribute)
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+def _matches(pattern: str, name: str, module_name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(module_name, pattern)
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _candidates(model: nn.Module) -> dict[str, Layer]:
+    """Every parameter with two dimensions or more, ties folded into the first name."""
+    found: dict[str, Layer] = {}
+    first: dict[int, str] = {}
+    for module_name, module in model.named_modules(remove_duplicate=True):
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            if parameter.ndim < 2:
+                continue
+            if id(parameter) in first:
+                owner = found[first[id(parameter)]]
+                ties = (*owner.ties, name)
+                # A tie is one weight; it belongs to a multiplying module if any of its names does.
+                if _multiplies(module, attribute) and not _multiplies(owner.module, owner.attribute):
+                    swapped = tuple(owner.name if tie == name else tie for tie in ties)
+                    new = Layer(name, module_name, attribute, module, ties=swapped)
+                    del found[owner.name]
+                    found[name], first[id(parameter)] = new, name
+                else:
+                    found[owner.name] = Layer(
+                        owner.name, owner.module_name, owner.attribute, owner.module, owner.transposed, ties
+                    )
+                continue
+            first[id(parameter)] = name
+            transposed = _is_conv1d_of_transformers(module) and attribute == "weight"
+            found[name] = Layer(name, module_name, attribute, module, transposed)
+    return found
+
+
+def _multiplies(module: nn.Module, attribute: str) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return attribute.endswith("proj_weight")
+    known = isinstance(module, _TYPES) or _is_conv1d_of_transformers(module)
+    return known and attribute == "weight"
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+
+
+def select(
+    model: nn.Module,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> dict[str, Layer]:
+    """The weights of ``model`` that pruning means, by parameter name, in the model's order.
+
+    Without ``include``: the weight matrices of linear, convolution, ``nn.MultiheadAttention`` input
+    projections and Hugging Face ``Conv1D`` modules, the output layer among them (exclude it by name).
+    Embeddings and norms are left out, and so is a linear layer tied to an embedding (pruning it would prune the
+    embedding): include it by name to have it. A tie is one layer, known by its first name.
+
+    Args:
+        model: Any module.
+        include: Globs (``fnmatch``, case-sensitive) over parameter names ("fc1.weight") or module names ("fc1",
+            "blocks.*.mlp"). Anything with two or more dimensions can be named.
+        exclude: Globs of what to leave out; applied last.
+
+    Returns:
+        ``{parameter name: Layer}``, never empty.
+
+    Raises:
+        ValueError: If a glob matches nothing, or nothing is left; the error lists what there is.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> list(select(model)), list(select(model, exclude="2"))
+        (['0.weight', '2.weight'], ['0.weight'])
+    """
+    everything = _candidates(model)
+    include = [include] if isinstance(include, str) else (None if include is None else list(include))
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
+
+    def named(pattern: str, layer: Layer) -> bool:
+        names = (layer.name, *layer.ties)
+        return any(_matches(pattern, n, n.rpartition(".")[0]) for n in names)
+
+    for pattern in [*(include or ()), *exclude]:
+        if not any(named(pattern, layer) for layer in everything.values()):
+            raise ValueError(
+                f"the glob {pattern!r} matches no weight of the model; weights are: {_listing(everything)}"
+            )
+    chosen: dict[str, Layer] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in everything.items():
+        if include is None:
+            tied_to_embedding = any(_is_embedding(modules[t.rpartition(".")[0]]) for t in layer.ties)
+            wanted = _multiplies(layer.module, layer.attribute) and not tied_to_embedding
+        else:
+            wanted = any(named(pattern, layer) for pattern in include)
+        if wanted and not any(named(pattern, layer) for pattern in exclude):
+            chosen[name] = layer
+    if not chosen:
+        raise ValueError(
+            "no prunable weight is selected; the model has: "
+            f"{_listing(everything) or 'no parameter with two dimensions or more'}"
+        )
+    return chosen
+
+
+def _listing(layers: dict[str, Layer], limit: int = 20) -> str:
+    names = list(layers)
+    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

@@ -1,0 +1,273 @@
+"""``SparseMask``: which positions of one weight are kept, at one bit per weight."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resu.core.counting import check_finite, keep_count, top_k_mask
+
+__all__ = ["SparseMask", "pack_bits", "unpack_bits"]
+
+# Eight 0/1 bytes b0..b7 read as one little-endian int64, times this constant, have
+# b0 + 2*b1 + … + 128*b7 in their top byte: packing without a temporary per bit.
+_GATHER = 0x0102040810204080
+_EXPAND: dict[torch.device, Tensor] = {}
+
+
+def _rows(shape: Sequence[int]) -> tuple[int, int]:
+    """A weight of any shape seen as ``[rows, columns]``: first dimension by the rest."""
+    if len(shape) == 0:
+        return 1, 1
+    if len(shape) == 1:
+        return 1, shape[0]
+    return shape[0], math.prod(shape[1:])
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool tensor to bits: rows padded to a byte, little bit order.
+
+    Args:
+        mask: Bool, any shape; seen as ``[rows, columns]`` with rows the first dimension.
+
+    Returns:
+        uint8 ``[rows, ceil(columns / 8)]``, equal to
+        ``numpy.packbits(mask2d, axis=-1, bitorder="little")``.
+
+    Example:
+        >>> pack_bits(torch.tensor([[True, False, True]]))
+        tensor([[5]], dtype=torch.uint8)
+    """
+    rows, columns = _rows(mask.shape)
+    bits = mask.reshape(rows, columns)
+    if columns % 8:
+        bits = torch.nn.functional.pad(bits, (0, 8 - columns % 8))
+    if bits.numel() == 0:
+        return torch.zeros(rows, 0, dtype=torch.uint8, device=mask.device)
+    words = bits.contiguous().view(torch.int64)
+    return ((words * _GATHER) >> 56).to(torch.uint8)  # the cast keeps the low byte
+
+
+def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Inverse of :func:`pack_bits`: bool tensor of ``shape``."""
+    rows, columns = _rows(shape)
+    if packed.numel() == 0:
+        return torch.zeros(tuple(shape), dtype=torch.bool, device=packed.device)
+    # One table look-up of eight bytes per packed byte is several times cheaper than shifting bit by bit.
+    words = _expansion(packed.device).index_select(0, packed.reshape(-1).to(torch.int32))
+    bits = words.view(torch.bool).view(rows, -1)
+    return bits[:, :columns].reshape(tuple(shape))
+
+
+def _expansion(device: torch.device) -> Tensor:
+    table = _EXPAND.get(device)
+    if table is None:
+        byte = torch.arange(256, dtype=torch.int64)
+        bits = (byte[:, None] >> torch.arange(8)) & 1
+        table = (bits << (8 * torch.arange(8))).sum(dim=1).to(device)
+        _EXPAND[device] = table
+    return table
+
+
+class SparseMask:
+    """Which positions of one weight are kept (True = kept, active). A value object.
+
+    Args:
+        mask: Bool tensor of any shape, True = kept.
+
+    Raises:
+        TypeError: If ``mask`` is not a bool tensor. A mask is never guessed from values: a kept weight
+            may be zero.
+
+    Example:
+        >>> m = SparseMask(torch.tensor([[True, False], [True, True]]))
+        >>> m.sparsity, m.n_active, m.pruned_indices.tolist()
+        (0.25, 3, [1])
+    """
+
+    __slots__ = ("_n_active", "_packed", "_shape")
+
+    def __init__(self, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(
+                f"SparseMask needs a bool tensor (True = kept), got {got}; "
+                "convert explicitly, for example mask.bool()"
+            )
+        self._shape = torch.Size(mask.shape)
+        self._packed = pack_bits(mask.detach())
+        self._n_active = int(mask.sum())
+
+    # -- constructors ---------------------------------------------------------------------------------
+    @classmethod
+    def from_packed(cls, packed: Tensor, shape: Sequence[int]) -> SparseMask:
+        """Build from packed bits (uint8, the layout of :func:`pack_bits`) and the weight's shape.
+
+        The bits are used as they are, not copied.
+
+        Raises:
+            ValueError: If the size does not fit, or padding bits are set (a sign of damage).
+        """
+        rows, columns = _rows(shape)
+        expected = (rows, -(-columns // 8))
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
+            raise ValueError(
+                f"packed mask has dtype {packed.dtype} and shape {tuple(packed.shape)}; a mask of shape "
+                f"{tuple(shape)} needs torch.uint8 {expected}"
+            )
+        if columns % 8 and bool((packed[:, -1] >> (columns % 8)).any()):
+            raise ValueError(f"packed mask of shape {tuple(shape)} has bits set in its padding: damaged data")
+        self = cls.__new__(cls)
+        self._shape = torch.Size(shape)
+        self._packed = packed
+        self._n_active = int(unpack_bits(packed, shape).sum())
+        return self
+
+    @classmethod
+    def from_magnitude(cls, weight: Tensor, sparsity: float) -> SparseMask:
+        """Keep the largest ``|weight|`` over the whole tensor; exact count, ties keep the lower index."""
+        check_finite(weight, "weight")
+        return cls(top_k_mask(weight.detach().abs(), keep_count(weight.numel(), sparsity)))
+
+    @classmethod
+    def random(
+        cls,
+        shape: Sequence[int],
+        sparsity: float,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> SparseMask:
+        """Keep an exact number of positions chosen uniformly without replacement.
+
+        The permutation is drawn on the generator's device (CPU by default), so that equal seeds give
+        equal masks on every device.
+        """
+        n = math.prod(shape)
+        where = generator.device if generator is not None else "cpu"
+        kept = torch.randperm(n, generator=generator, device=where)[: keep_count(n, sparsity)]
+        mask = torch.zeros(n, dtype=torch.bool, device=where)
+        mask[kept] = True
+        return cls(mask.view(tuple(shape)).to(device or where))
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> SparseMask:
+        """Inverse of :meth:`state_dict`."""
+        if set(state) != {"packed", "shape"}:
+            raise ValueError(f"a mask state holds 'packed' and 'shape', got {sorted(state)}")
+        return cls.from_packed(state["packed"], [int(d) for d in state["shape"]])
+
+    # -- properties -----------------------------------------------------------------------------------
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight."""
+        return self._shape
+
+    @property
+    def numel(self) -> int:
+        """Number of positions."""
+        return self._shape.numel()
+
+    @property
+    def n_active(self) -> int:
+        """Number of kept positions."""
+        return self._n_active
+
+    @property
+    def n_pruned(self) -> int:
+        """Number of pruned positions."""
+        return self.numel - self._n_active
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed, ``n_pruned / numel`` (0 for an empty tensor)."""
+        return self.n_pruned / self.numel if self.numel else 0.0
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool tensor of the weight's shape, True = kept; made on demand (1 byte per weight)."""
+        return unpack_bits(self._packed, self._shape)
+
+    @property
+    def packed(self) -> Tensor:
+        """The bits: uint8 ``[rows, ceil(columns / 8)]``, little bit order. Do not write to it."""
+        return self._packed
+
+    @property
+    def active_indices(self) -> Tensor:
+        """Flat int64 indices of kept positions, ascending."""
+        return self.mask.view(-1).nonzero().view(-1)
+
+    @property
+    def pruned_indices(self) -> Tensor:
+        """Flat int64 indices of pruned positions, ascending."""
+        return self.mask.view(-1).logical_not_().nonzero().view(-1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bits live."""
+        return self._packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._packed.numel()
+
+    # -- use ------------------------------------------------------------------------------------------
+    def _check(self, x: Tensor) -> None:
+        if x.shape != self._shape:
+            raise ValueError(f"mask of shape {tuple(self._shape)} used on a tensor of shape {tuple(x.shape)}")
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x`` with +0.0 at pruned positions (not -0.0, and NaN does not survive); differentiable."""
+        self._check(x)
+        return torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def apply_(self, x: Tensor) -> Tensor:
+        """Zero the pruned positions of ``x`` in place, without autograd; returns ``x``."""
+        self._check(x)
+        with torch.no_grad():
+            return x.masked_fill_(self.mask.logical_not_(), 0)
+
+    def get_active(self, x: Tensor) -> Tensor:
+        """Values at kept positions, 1-D, row-major."""
+        self._check(x)
+        return x.masked_select(self.mask)
+
+    def get_pruned(self, x: Tensor) -> Tensor:
+        """Values at pruned positions, 1-D, row-major."""
+        self._check(x)
+        return x.masked_select(self.mask.logical_not_())
+
+    def to(self, device: torch.device | str) -> SparseMask:
+        """The same mask on another device."""
+        other = SparseMask.__new__(SparseMask)
+        other._shape, other._n_active = self._shape, self._n_active
+        other._packed = self._packed.to(device)
+        return other
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``packed`` (uint8 bits) and ``shape`` (int64): plain tensors, safe for any file format."""
+        return {"packed": self._packed, "shape": torch.tensor(self._shape, dtype=torch.int64)}
+
+    def checksum(self) -> str:
+        """SHA-256 (hex) over shape and bits; equal masks have equal checksums on every machine."""
+        digest = hashlib.sha256(repr(tuple(self._shape)).encode())
+        digest.update(self._packed.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseMask):
+            return NotImplemented
+        return self._shape == other._shape and torch.equal(self._packed, other._packed.to(self.device))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseMask(shape={tuple(self._shape)}, n_active={self._n_active}, sparsity={self.sparsity:.4f})"
+        )

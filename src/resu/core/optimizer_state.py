@@ -1,0 +1,34 @@
+"""The optimizer-state contract: state of a weight that is born, dies or freezes is zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["clear_state", "state_tensors"]
+
+
+def state_tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The state tensors that have the parameter's shape (momenta, second moments, masters).
+
+    Factored and scalar state (Adafactor's rows and columns, step counters) describes no single weight and
+    is left out.
+    """
+    state = optimizer.state.get(parameter, {})
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
+    }
+
+
+def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
+    """Zero every element-wise state tensor of ``parameter`` at ``where`` (bool, the parameter's shape).
+
+    The first step of a weight whose Adam moments were cleared late in training is not bias-corrected any
+    more: it is up to ``(1 - β1) / sqrt(1 - β2)``, about 3.2, times lr.
+    """
+    with torch.no_grad():
+        for value in state_tensors(optimizer, parameter).values():
+            value.masked_fill_(where.to(value.device), 0)
