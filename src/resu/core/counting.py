@@ -86,8 +86,9 @@ def largest_remainder(
 ) -> dict[str, int]:
     """Round real quotas to integers that add up to ``total`` exactly.
 
-    Every entry gets the floor of its quota, within ``[minimum, cap]``; what is left goes one by one to the
-    largest remainders (ties: the earlier name), and around again where caps stop it.
+    Every entry gets the floor of its quota, within ``[minimum, cap]``; what is left goes one by one to the entry
+    that is furthest below its quota (ties: the earlier name). Where bounds have eaten too much, units come back
+    from those furthest above in the same way.
 
     Args:
         total: The sum to reach.
@@ -102,26 +103,31 @@ def largest_remainder(
         >>> largest_remainder(10, {"a": 3.5, "b": 3.5, "c": 3.0}, {"a": 9, "b": 9, "c": 9})
         {'a': 4, 'b': 3, 'c': 3}
     """
-    names = list(quotas)
-    low = {k: min(minimum, caps[k]) for k in names}
-    if not sum(low.values()) <= total <= sum(caps[k] for k in names):
+    low = {k: min(minimum, caps[k]) for k in quotas}
+    least, most = sum(low.values()), sum(caps[k] for k in quotas)
+    if not least <= total <= most:
         raise ValueError(
-            f"cannot place {total} kept weights: these {len(names)} layers hold between "
-            f"{sum(low.values())} (at least {minimum} each) and {sum(caps[k] for k in names)}; "
-            "use another sparsity or other layers"
+            f"cannot place {total} kept weights: these {len(low)} layers hold between {least} "
+            f"(at least {minimum} each) and {most}; use another sparsity or other layers"
         )
-    result = {k: min(max(math.floor(quotas[k]), low[k]), caps[k]) for k in names}
-    left = total - sum(result.values())
-    while left:
-        sign = 1 if left > 0 else -1
-        open_names = [k for k in names if (result[k] < caps[k] if sign > 0 else result[k] > low[k])]
-        # Largest unmet quota first when adding, most over-served first when taking away.
-        open_names.sort(key=lambda k: sign * (result[k] - Fraction(quotas[k])))
-        # Far from the goal many units can move at once without changing the final order of service.
-        for k in open_names[: abs(left)]:
-            room = (caps[k] - result[k]) if sign > 0 else (result[k] - low[k])
-            result[k] += sign * min(max(1, abs(left) // len(open_names)), room)
-        left = total - sum(result.values())
+    if not quotas:
+        return {}
+    floors = {k: math.floor(q) for k, q in quotas.items()}
+
+    def shifted(by: int) -> dict[str, int]:
+        return {k: min(max(f + by, low[k]), caps[k]) for k, f in floors.items()}
+
+    # The largest common shift of all floors that does not exceed the total; 0 or -1 unless bounds bite hard.
+    reach = 1 + max(max(abs(f), caps[k]) for k, f in floors.items())
+    down, up = -2 * reach, 2 * reach
+    while up - down > 1:
+        middle = (down + up) // 2
+        down, up = (middle, up) if sum(shifted(middle).values()) <= total else (down, middle)
+    result, next_up = shifted(down), shifted(down + 1)
+    rising = [k for k in result if next_up[k] > result[k]]
+    rising.sort(key=lambda k: floors[k] - Fraction(quotas[k]))  # stable: ties keep the earlier name
+    for k in rising[: total - sum(result.values())]:
+        result[k] += 1
     return result
 
 
@@ -192,7 +198,9 @@ def top_k_rows(scores: Tensor, keep: int | Sequence[int] | Tensor) -> Tensor:
     if not 0 <= keep <= n:
         raise ValueError(f"cannot keep {keep} of {n} positions")
     if scores.is_floating_point() and bool(torch.isnan(scores).any()):
-        raise ValueError(f"scores hold {int(torch.isnan(scores).sum())} NaN values; clean them before pruning")
+        raise ValueError(
+            f"scores hold {int(torch.isnan(scores).sum())} NaN values; clean them before pruning"
+        )
     if keep == n:
         return torch.ones(rows, n, dtype=torch.bool, device=scores.device)
     if keep == 0:
