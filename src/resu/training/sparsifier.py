@@ -1,0 +1,348 @@
+"""``Sparsifier``: the one driver that owns masks, hooks and counters while a model trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resu.core.enforcement import Constraint
+from resu.core.layers import Layer, select
+from resu.core.mask import SparseMask
+from resu.core.optimizer_state import clear_state
+from resu.core.pattern import NM, Pattern, get_pattern
+from resu.pruning.allocation import Allocation, allocate
+from resu.training.algorithms.base import Algorithm, View
+from resu.training.report import LayerReport, SparsityReport
+
+__all__ = ["Sparsifier"]
+
+_FORMAT = 1
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside ``torch.compile`` and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _generator(seed: int, name: str, step: int) -> torch.Generator:
+    # Not Python's hash(): it differs from process to process.
+    digest = hashlib.sha256(f"{seed}|{name}|{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Sparsifier:
+    """Sparse training in one added line; the loop stays as it was.
+
+    It prunes the model when it is made if the algorithm is due at step 0, counts the steps of ``optimizer``
+    (an AMP step that was skipped is no step), updates the topology when due, and keeps pruned positions
+    exactly zero under any optimizer until :meth:`commit`, also after the schedule has ended.
+
+    Args:
+        model: The module to train; ``torch.compile`` and data-parallel wrappers are looked through.
+        optimizer: Holds the weights. Its state at positions that change sides follows the contract: zeroed, unless
+            the algorithm keeps learning them (``RESU``).
+        algorithm: The topology rule, e.g. ``RESU(sparsity=0.9, end_step=4000)``.
+        pattern: Which positions compete: a :class:`~resu.core.pattern.Pattern` or a name such as ``"row"``, ``"2:4"``,
+            ``"block:16x1"``; None: single weights within the tensor.
+        distribution: How the budget is divided over layers: ``"erk"``, ``"er"``, ``"uniform"``, ``"global"``, a mapping
+            ``{glob: sparsity}`` (unmatched layers stay dense) or a function.
+        include: Globs of weights to prune; None: all linear and convolution weights (:func:`~resu.core.layers.select`).
+        exclude: Globs of weights to leave dense.
+        seed: Of every random choice; choices depend on (seed, layer, step) alone.
+
+    Attributes:
+        step: Optimizer steps done.
+
+    Raises:
+        ValueError: If a glob matches nothing, no selected weight belongs to the optimizer, or the pattern
+            cannot have the algorithm's sparsity.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> from resu.training import RESU
+        >>> sparsifier = Sparsifier(model, optimizer, RESU(sparsity=0.9, interval=2, end_step=8), distribution="global")
+        >>> for _ in range(10):
+        ...     loss = model(torch.randn(16, 20)).square().mean()
+        ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
+        >>> sparsifier.sparsity
+        0.9
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        algorithm: Algorithm,
+        *,
+        pattern: Pattern | str | None = None,
+        distribution: str | Mapping[str, float] | Allocation = "erk",
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = unwrap(model)
+        self.optimizer = optimizer
+        self.algorithm = algorithm
+        self.pattern = get_pattern(pattern)
+        self.distribution = distribution
+        self.seed = seed
+        self.step = 0
+        self.layers: dict[str, Layer] = select(self.model, include, exclude)
+        self._check()
+        full = {name: SparseMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in self.layers.items()}
+        self._constraints = {n: Constraint(self.layers[n].weight, full[n]) for n in self.layers}
+        self._ever = dict(full) if not algorithm.due(0) else {}
+        self._theta: dict[str, Tensor] = {}
+        self._undo: dict[str, tuple[Tensor, int]] = {}
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+        if algorithm.due(0):
+            before = {n: layer.weight.detach().clone() for n, layer in self.layers.items()}
+            self._update()
+            # Until the first step, loading a state can give back what this first pruning took (see load_state_dict).
+            self._undo = {n: (w, self.layers[n].weight._version) for n, w in before.items()}
+        self._set_learning()
+
+    def _check(self) -> None:
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(layer.weight) in owned for layer in self.layers.values()):
+            raise ValueError(
+                f"none of the {len(self.layers)} selected weights belongs to the optimizer; build the optimizer from "
+                "the parameters of this model, after moving it to its device"
+            )
+        if isinstance(self.pattern, NM) and abs(self.algorithm.sparsity - self.pattern.sparsity) > 1e-9:
+            raise ValueError(
+                f"pattern {self.pattern.n}:{self.pattern.m} has sparsity {self.pattern.sparsity:g}, the algorithm asks "
+                f"for {self.algorithm.sparsity:g}; set the algorithm's sparsity to the pattern's"
+            )
+
+    # -- what is -------------------------------------------------------------------------------------
+    @property
+    def masks(self) -> dict[str, SparseMask]:
+        """The present mask of every weight, by parameter name."""
+        return {name: constraint.mask for name, constraint in self._constraints.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all selected weights that is pruned now."""
+        masks = self.masks.values()
+        return sum(m.n_pruned for m in masks) / sum(m.numel for m in masks)
+
+    def report(self) -> SparsityReport:
+        """Per layer: kept, sparsity, R_s (share of positions ever active; ITOP, arXiv 2102.02887). Prints as a table."""
+        return SparsityReport(
+            step=self.step,
+            layers=tuple(
+                LayerReport(
+                    name=name,
+                    shape=tuple(mask.shape),
+                    keep=mask.n_active,
+                    sparsity=mask.sparsity,
+                    explored=self._ever[name].n_active / mask.numel,
+                )
+                for name, mask in self.masks.items()
+            ),
+        )
+
+    # -- the step ------------------------------------------------------------------------------------
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers skip inside their own step
+        if isinstance(found_inf, Tensor) and bool(found_inf):
+            return
+        self._undo = {}
+        if self._theta:
+            self._absorb()
+        self.step += 1
+        if self.algorithm.due(self.step):
+            for constraint in self._constraints.values():
+                constraint.enforce()
+            self._update()
+        self._set_learning()
+
+    @torch.no_grad()
+    def _absorb(self) -> None:
+        """θ += γ·Δ: take what the optimizer did at pruned positions out of the weight."""
+        gamma = self.algorithm.gamma  # type: ignore[attr-defined]
+        for name, theta in self._theta.items():
+            constraint, weight = self._constraints[name], self.layers[name].weight
+            held = constraint.held()
+            theta.add_(torch.where(held, weight, 0), alpha=gamma)
+            weight.masked_fill_(held, 0)
+
+    def _set_learning(self) -> None:
+        """Open or close the gradient of pruned positions; θ ends with its learning."""
+        learning = self.algorithm.learns_pruned and self.algorithm.learning(self.step)
+        for name, constraint in self._constraints.items():
+            if learning and name not in self._theta:
+                self._theta[name] = torch.zeros_like(constraint.parameter)  # type: ignore[arg-type]
+            elif not learning and constraint.mask_gradient is False:
+                clear_state(self.optimizer, self.layers[name].weight, constraint.held())
+            constraint.mask_gradient = not learning
+        if not learning:
+            self._theta = {}
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """One topology update of all layers."""
+        sparsity = self.algorithm.target(self.step)
+        views = {name: self._view(name) for name in self.layers}
+        keeps = self._allocate(views, sparsity)
+        for name, view in views.items():
+            view = dataclasses.replace(view, keep=keeps[name])
+            if view.keep == view.mask.numel():
+                new = torch.ones_like(view.mask)
+            else:
+                new = self.algorithm.update_mask(view, sparsity, self.step)
+            self._move(name, view.mask, new)
+
+    def _view(self, name: str) -> View:
+        weight, mask = self.layers[name].weight.detach(), self._constraints[name].mask.mask
+        theta = self._theta.get(name)
+        if self.layers[name].transposed:  # rules and patterns see [out, in]
+            weight, mask, theta = weight.t(), mask.t(), None if theta is None else theta.t()
+        return View(
+            name=name,
+            weight=weight,
+            mask=mask,
+            keep=0,
+            generator=_generator(self.seed, name, self.step),
+            pattern=self.pattern,
+            theta=theta,
+        )
+
+    def _allocate(self, views: Mapping[str, View], sparsity: float) -> dict[str, int]:
+        shapes = {name: view.weight.shape for name, view in views.items()}
+        distribution = self.distribution
+        if isinstance(distribution, Mapping) and sparsity != self.algorithm.sparsity:
+            # On the way every layer is at the same fraction of its own final sparsity.
+            share = sparsity / self.algorithm.sparsity
+            distribution = {glob: s * share for glob, s in distribution.items()}
+        scores = None
+        if distribution == "global" and sparsity > 0:
+            scores = {name: self.algorithm.scores(view) for name, view in views.items()}
+        keeps = (
+            {name: shape.numel() for name, shape in shapes.items()}
+            if sparsity == 0
+            else allocate(distribution, shapes, sparsity, scores)
+        )
+        return {
+            n: keep if keep == shapes[n].numel() else self.pattern.reachable(shapes[n], keep)
+            for n, keep in keeps.items()
+        }
+
+    def _move(self, name: str, old: Tensor, new: Tensor) -> None:
+        """Make ``new`` the mask of a layer: dropped weights to 0 (or to θ), grown ones from θ (or 0)."""
+        if self.layers[name].transposed:
+            old, new = old.t(), new.t()
+        weight, constraint = self.layers[name].weight, self._constraints[name]
+        theta = self._theta.get(name)
+        if theta is None and self.algorithm.learns_pruned and self.algorithm.learning(self.step):
+            theta = self._theta[name] = torch.zeros_like(weight)
+        if theta is not None:
+            value = weight + theta
+            weight.copy_(torch.where(new, value, 0))
+            theta.copy_(torch.where(new, 0, value))
+        else:
+            weight.masked_fill_(new.logical_not(), 0)
+        if self.algorithm.clears_state:
+            clear_state(self.optimizer, weight, old ^ new)
+        constraint.mask = SparseMask(new)
+        ever = self._ever.get(name)
+        self._ever[name] = constraint.mask if ever is None else SparseMask(ever.mask | new)
+
+    # -- end and resume ------------------------------------------------------------------------------
+    def commit(self) -> dict[str, SparseMask]:
+        """Make the present state the plain model: hooks and θ go, zeros stay zeros but are no longer held.
+
+        Returns:
+            The final masks.
+        """
+        for constraint in self._constraints.values():
+            constraint.enforce()
+            constraint.remove()
+        self._hook.remove()
+        self._theta = {}
+        return self.masks
+
+    def _settings(self) -> dict[str, Any]:
+        distribution = self.distribution
+        return {
+            "algorithm": type(self.algorithm).__name__,
+            "options": dataclasses.asdict(self.algorithm),
+            "pattern": repr(self.pattern),
+            "distribution": dict(distribution) if isinstance(distribution, Mapping) else str(distribution),
+            "seed": self.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, θ, counters and settings: tensors and plain values, safe for ``torch.load(weights_only=True)``.
+
+        Saved beside the model's and the optimizer's, it resumes a run bit for bit.
+        """
+        return {
+            "format": _FORMAT,
+            "step": self.step,
+            "settings": self._settings(),
+            "masks": {name: mask.state_dict() for name, mask in self.masks.items()},
+            "explored": {name: mask.state_dict() for name, mask in self._ever.items()},
+            "theta": {name: theta.detach().clone() for name, theta in self._theta.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; load the model and the optimizer as well, in any order.
+
+        Raises:
+            ValueError: If the state is of another algorithm, other settings or other layers; nothing has changed then.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(f"sparsifier state has format {state.get('format')!r}, this version reads {_FORMAT}")
+        settings = self._settings()
+        different = [
+            f"{key}: saved {state['settings'].get(key)!r}, here {settings[key]!r}"
+            for key in settings
+            if state["settings"].get(key) != settings[key]
+        ]
+        if different:
+            raise ValueError("the saved run has other settings; build the Sparsifier alike: " + "; ".join(different))
+        if set(state["masks"]) != set(self.layers):
+            odd = sorted(set(state["masks"]) ^ set(self.layers))
+            raise ValueError(f"the saved run has other layers; not in both: {', '.join(odd[:10])}")
+        masks = {n: SparseMask.from_state_dict(s) for n, s in state["masks"].items()}
+        ever = {n: SparseMask.from_state_dict(s) for n, s in state["explored"].items()}
+        for name, mask in masks.items():
+            if mask.shape != self.layers[name].weight.shape:
+                raise ValueError(
+                    f"saved mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(self.layers[name].weight.shape)}"
+                )
+        self.step = int(state["step"])
+        self._ever = {n: m.to(self.layers[n].weight.device) for n, m in ever.items()}
+        for name, constraint in self._constraints.items():
+            weight = self.layers[name].weight
+            # If the model was loaded before this Sparsifier was made, the pruning at step 0 took weights that the saved
+            # mask keeps: give them back. If it was loaded since, the weights are the saved ones already.
+            original, version = self._undo.get(name, (None, -1))
+            if original is not None and weight._version == version:
+                with torch.no_grad():
+                    weight.copy_(original)
+            constraint.mask = masks[name].to(weight.device)
+        self._undo = {}
+        self._theta = {
+            n: t.to(self.layers[n].weight.device, self.layers[n].weight.dtype, copy=True) for n, t in state["theta"].items()
+        }
+        learning = bool(self._theta)
+        for constraint in self._constraints.values():
+            constraint.mask_gradient = not learning
