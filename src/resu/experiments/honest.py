@@ -1,0 +1,174 @@
+"""The honest question: at equal cost and equal sparsity, which way of pruning is best?
+
+``python -m resu.experiments.honest --task mlp --regime finetune --sparsities 0.9 0.95 --out results`` runs
+what is not yet in ``results/honest_mlp_finetune.csv``; with ``--render page.md`` it writes tables and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resu.core.counting import check_sparsity
+from resu.experiments.data import DataError, Dataset
+from resu.experiments.leaderboard import append_row, read_rows
+from resu.experiments.methods import methods
+from resu.experiments.recipes import Row, dense_start, plan_key, run
+from resu.experiments.render import ORDER, render
+from resu.experiments.tasks import Regime, Task, tasks
+
+__all__ = ["main"]
+
+_QUICK = 20  # how many times fewer steps --quick takes
+
+Job = tuple[str, float, int]  # method, sparsity, seed
+
+_data: dict[tuple[str, str], Dataset] = {}
+
+
+def _dataset(task: Task, directory: str | None) -> Dataset:
+    key = (task.data, directory or "")
+    if key not in _data:
+        _data[key] = task.dataset(directory)
+    return _data[key]
+
+
+def _task(name: str, quick: bool) -> Task:
+    return tasks[name].shortened(_QUICK) if quick else tasks[name]
+
+
+def _work(
+    name: str, quick: bool, regime: Regime, job: Job | int, directory: str | None, cache: Path, threads: int
+) -> Row | None:
+    """In a worker: one run, or (a bare seed) the trained dense network that the runs of a seed start from."""
+    torch.set_num_threads(threads)
+    task = _task(name, quick)
+    data = _dataset(task, directory)
+    if isinstance(job, int):
+        dense_start(task, job, data, cache)
+        return None
+    return run(task, *job, regime, data=data, cache=cache)
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
+    """A function to call with each finished job; a bar where rich is there and errors go to a terminal."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        done = itertools.count(1)
+        yield lambda text: print(f"[{next(done)}/{total}] {text}", file=sys.stderr, flush=True)
+        return
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        handle = bar.add_task(what, total=total)
+
+        def advance(text: str) -> None:
+            bar.advance(handle)
+            console.print(text)
+
+        yield advance
+
+
+def _results(pool: ProcessPoolExecutor | None, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Row | None]:
+    """Results as they come, from this process or from workers."""
+    if pool is None:
+        yield from itertools.starmap(_work, arguments)
+        return
+    for future in as_completed([pool.submit(_work, *each) for each in arguments]):
+        yield future.result()
+
+
+def missing(task: Task, regime: Regime, jobs: Iterable[Job], done: Iterable[Row]) -> list[Job]:
+    """The jobs whose rows are not there yet; the dense one once per seed, whatever the sparsities."""
+    keys = {row.key for row in done}
+    left: dict[tuple[str, ...], Job] = {}
+    for method, sparsity, seed in jobs:
+        sparsity = 0.0 if method == "dense" else sparsity
+        key = plan_key(task, method, sparsity, seed, regime)
+        if key not in keys:
+            left[key] = (method, sparsity, seed)
+    return list(left.values())
+
+
+def _run_all(options: argparse.Namespace) -> int:
+    task = _task(options.task, options.quick)
+    csv = options.out / f"honest_{options.task}_{options.regime}.csv"
+    jobs = itertools.product(options.methods, options.sparsities, options.seeds)
+    todo = missing(task, options.regime, jobs, read_rows(csv))
+    cache = options.cache or options.out / "dense"
+    shared = (options.data_dir, cache, options.threads)
+    first = (options.task, options.quick, options.regime)
+    starts = sorted({seed for _, _, seed in todo}) if options.regime == "finetune" else []
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(options.jobs, mp_context=context) if options.jobs > 1 else None
+    try:
+        with _progress(len(starts) + len(todo), f"{options.task} {options.regime}") as advance:
+            for _ in _results(pool, [(*first, seed, *shared) for seed in starts]):
+                advance("dense network ready")
+            for row in _results(pool, [(*first, job, *shared) for job in todo]):
+                assert row is not None
+                append_row(csv, row)
+                advance(
+                    f"{row.method:<18} {row.sparsity:<5g} seed {row.seed}  {row.metric} {row.test:.3f}"
+                    f"  {row.seconds:.1f} s{'' if row.zeros_exact else '  NOT EXACT'}"
+                )
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+    print(csv)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m resu.experiments.honest", description=__doc__)
+    parser.add_argument("--task", default="mlp", choices=list(tasks))
+    parser.add_argument("--regime", default="finetune", choices=["scratch", "finetune"])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9, 0.95, 0.98])
+    parser.add_argument(
+        "--methods", nargs="+", default=list(ORDER), metavar="METHOD", help=", ".join(methods)
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--data-dir", help="folder of the data (default: RESU_DATA)")
+    parser.add_argument("--cache", type=Path, help="folder of trained dense networks (default: OUT/dense)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each; 1 makes rows repeatable")
+    parser.add_argument("--quick", action="store_true", help=f"{_QUICK} times fewer steps, to try things")
+    parser.add_argument(
+        "--render", type=Path, metavar="PAGE", help="write tables and a plot from OUT instead"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        for name in options.methods:
+            methods[name]
+        for sparsity in options.sparsities:
+            check_sparsity(sparsity)
+        if options.render is not None:
+            render(options.out, options.render)
+            return 0
+        return _run_all(options)
+    except (DataError, ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Rows to CSV and back, and what a reader sees: a table with mean and spread, and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+import typing
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from resu.experiments.recipes import COLUMNS, Row
+
+__all__ = ["Cell", "Table", "append_row", "markdown", "plot", "read_rows", "tables"]
+
+
+def _line(values: Iterable[object]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(values)
+    return buffer.getvalue()
+
+
+def append_row(path: str | Path, row: Row) -> None:
+    """Add one row; the line goes out in a single write, so that a reader or a second writer sees it whole.
+
+    Raises:
+        ValueError: If the file has other columns.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = _line(asdict(row).values())
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        if size == 0:
+            text = _line(COLUMNS) + text
+        else:
+            with open(path, encoding="utf-8", newline="") as existing:
+                _check_columns(next(csv.reader(existing)), path)
+            if os.pread(file, 1, size - 1) != b"\n":  # the last writer was cut off: leave its line behind
+                text = "\n" + text
+        os.write(file, text.encode())
+    finally:
+        os.close(file)
+
+
+def _check_columns(found: Sequence[str], path: Path) -> None:
+    if tuple(found) != COLUMNS:
+        raise ValueError(f"{path} has the columns {', '.join(found)}; expected {', '.join(COLUMNS)}")
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a CSV in order; none if there is no file. A line that was cut off is left out.
+
+    Raises:
+        ValueError: If the file has other columns.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    types = typing.get_type_hints(Row)
+    rows = []
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = csv.reader(file)
+        _check_columns(next(lines, ()), path)
+        for values in lines:
+            if len(values) != len(COLUMNS) or not values[-1]:
+                continue
+            fields = {name: _value(types[name], text) for name, text in zip(COLUMNS, values, strict=True)}
+            rows.append(Row(**fields))
+    return rows
+
+
+def _value(kind: type, text: str) -> Any:
+    return text == "True" if kind is bool else kind(text)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Results of one method at one sparsity over seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation over seeds; 0 for a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """All comparable results of one task in one regime.
+
+    Attributes:
+        cells: By method, then sparsity.
+        settings: What each method did.
+        exact: Whether every sparse run had exact counts and exact zeros.
+    """
+
+    task: str
+    regime: str
+    metric: str
+    steps: int
+    recipe: str
+    cells: Mapping[str, Mapping[float, Cell]]
+    settings: Mapping[str, str]
+    seconds: Mapping[str, float]
+    held: Mapping[str, float]
+    exact: bool
+
+    @property
+    def sparsities(self) -> list[float]:
+        """In order, without the dense one."""
+        return sorted({s for row in self.cells.values() for s in row} - {0.0})
+
+    def best(self, sparsity: float) -> str:
+        """The method with the best mean at a sparsity."""
+        there = {m: row[sparsity].mean for m, row in self.cells.items() if sparsity in row}
+        return (max if self.metric == "accuracy" else min)(there, key=lambda m: there[m])
+
+
+def tables(rows: Iterable[Row]) -> list[Table]:
+    """Rows gathered per task and regime.
+
+    Rows of an older recipe (other steps, batch size or learning rate) are left out, and so are those of older
+    settings of a method: only what ran alike is compared.
+    """
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.task, row.regime].append(row)
+    return [_table(group) for group in groups.values()]
+
+
+def _table(rows: list[Row]) -> Table:
+    last = rows[-1]
+    rows = [r for r in rows if (r.recipe, r.steps) == (last.recipe, last.steps)]
+    settings = {row.method: row.settings for row in rows}
+    rows = [row for row in rows if row.settings == settings[row.method]]
+    found = {(row.method, row.sparsity, row.seed): row for row in rows}
+    cells: dict[str, dict[float, Cell]] = defaultdict(dict)
+    for method, sparsity, _ in found:
+        same = [row for key, row in found.items() if key[:2] == (method, sparsity)]
+        cells[method][sparsity] = Cell(tuple(row.test for row in same))
+
+    def mean(method: str, field: str) -> float:
+        return statistics.fmean(float(getattr(row, field)) for key, row in found.items() if key[0] == method)
+
+    return Table(
+        task=last.task,
+        regime=last.regime,
+        metric=last.metric,
+        steps=last.steps,
+        recipe=last.recipe,
+        cells=dict(cells),
+        settings=settings,
+        seconds={method: mean(method, "seconds") for method in cells},
+        held={method: mean(method, "held_bytes") for method in cells},
+        exact=all(row.zeros_exact for row in found.values()),
+    )
+
+
+def markdown(table: Table, order: Sequence[str] = ()) -> str:
+    """One table: methods down, sparsities across, mean ± standard deviation over seeds, the best in bold."""
+    digits = 1 if table.metric == "accuracy" else 3
+    names = [m for m in order if m in table.cells] + sorted(set(table.cells) - set(order))
+    head = ["method", *(f"{s:g}" for s in table.sparsities), "seeds"]
+    lines = [head, ["---"] * len(head)]
+    for name in names:
+        row = table.cells[name]
+        cells = []
+        for s in table.sparsities:
+            cell = row.get(0.0 if name == "dense" else s)
+            if cell is None:
+                cells.append("–")
+                continue
+            text = f"{cell.mean:.{digits + 1}f} ± {cell.std:.{digits + 1}f}"
+            cells.append(f"**{text}**" if name == table.best(s) else text)
+        counts = {len(cell.values) for cell in row.values()}
+        lines.append([name, *cells, "–".join(map(str, sorted({min(counts), max(counts)})))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(found: Sequence[Table], path: str | Path, order: Sequence[str] = ()) -> None:
+    """The metric against sparsity, one panel per table, with the spread over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(found))
+    height = -(-len(found) // columns)
+    figure = Figure(figsize=(6.2 * columns, 4.2 * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, table in enumerate(found):
+        axes = figure.add_subplot(height, columns, i + 1)
+        names = [m for m in order if m in table.cells] + sorted(set(table.cells) - set(order))
+        places = {s: k for k, s in enumerate(table.sparsities)}
+        for k, name in enumerate(n for n in names if n != "dense"):
+            row = sorted(table.cells[name].items())
+            x, y = [places[s] for s, _ in row], [cell.mean for _, cell in row]
+            style = "-" if name in ("resu",) else "--"
+            axes.errorbar(
+                *(x, y, [cell.std for _, cell in row]),
+                label=name,
+                color=f"C{k % 10}",
+                linestyle=style,
+                marker="os^vDP*X"[k % 8],
+                markersize=4,
+                capsize=2,
+                linewidth=2.0 if style == "-" else 1.2,
+            )
+        if "dense" in table.cells:
+            axes.axhline(table.cells["dense"][0.0].mean, color="0.5", linewidth=1, label="dense")
+        axes.set_xticks(list(places.values()), [f"{s:g}" for s in places])
+        axes.set_xlabel("sparsity")
+        axes.set_ylabel("test accuracy (%)" if table.metric == "accuracy" else "test loss (nats)")
+        axes.set_title(f"{table.task}, {table.regime}, {table.steps} steps")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7)
+    scratch = Path(path).with_suffix(".part.png")
+    figure.savefig(scratch, dpi=110)
+    os.replace(scratch, path)

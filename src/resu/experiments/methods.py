@@ -1,0 +1,157 @@
+"""How a network becomes sparse: every method of the comparison as data.
+
+A method turns a :class:`Plan` (how sparse, how many steps, from where) into a :class:`Setting`, which is
+plain values: what ran is written beside each result. Where a method has something to tune it was tuned on
+held-out data at the same cost as all others, the baselines as much as the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from resu.core.registry import Registry
+from resu.experiments.tasks import Regime
+
+__all__ = ["Method", "Plan", "Setting", "methods"]
+
+
+# What a run asks for anyway; a setting is named without it.
+_ASKED = ("sparsity", "target_sparsity")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run asks of a method."""
+
+    sparsity: float
+    steps: int
+    regime: Regime
+
+    def at(self, fraction: float) -> int:
+        """The step at a fraction of the run."""
+        return round(fraction * self.steps)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method does in one run.
+
+    Attributes:
+        driver: ``"dense"``, ``"sparsifier"`` or ``"cycles"``.
+        algorithm: Registered name of the topology rule (driver ``"sparsifier"``).
+        options: Arguments of the rule, or fields of ``RESUConfig``.
+        distribution: How the budget is divided over the layers.
+        tail: Steps of masked training after the cycles (driver ``"cycles"``).
+    """
+
+    driver: str
+    algorithm: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    distribution: str = "global"
+    tail: int = 0
+
+    def __str__(self) -> str:
+        options = " ".join(f"{key}={value}" for key, value in self.options.items() if key not in _ASKED)
+        tail = f"tail={self.tail}" if self.tail else ""
+        place = self.distribution if self.driver == "sparsifier" else ""
+        return " ".join(part for part in (self.algorithm or self.driver, place, options, tail) if part)
+
+
+Method = Callable[[Plan], Setting]
+methods: Registry[Method] = Registry("method")
+
+
+def _sparsifier(algorithm: str, plan: Plan, distribution: str = "global", **options: Any) -> Setting:
+    return Setting("sparsifier", algorithm, {"sparsity": plan.sparsity, **options}, distribution)
+
+
+@methods.register("dense")
+def dense(plan: Plan) -> Setting:
+    """No sparsity: the same steps on all weights."""
+    return Setting("dense")
+
+
+@methods.register("static")
+def static(plan: Plan) -> Setting:
+    """A random mask (ERK) from the first step on."""
+    return _sparsifier("static", plan, "erk", init="random")
+
+
+@methods.register("one-shot")
+def one_shot(plan: Plan) -> Setting:
+    """Global magnitude once, then masked training: at the start of fine-tuning, half way from scratch."""
+    begin = 0 if plan.regime == "finetune" else plan.at(0.5)
+    return _sparsifier("static", plan, init="magnitude", begin_step=begin)
+
+
+@methods.register("gradual")
+def gradual(plan: Plan) -> Setting:
+    """Gradual magnitude pruning, global, cubic ramp."""
+    begin, end = (0.0, 0.5) if plan.regime == "finetune" else (0.1, 0.6)
+    interval = max(1, plan.steps // 100)
+    return _sparsifier("magnitude", plan, begin_step=plan.at(begin), end_step=plan.at(end), interval=interval)
+
+
+def _dormant(plan: Plan, gamma: float, interval: int, **more: Any) -> Setting:
+    """One shot in fine-tuning, a cubic ramp over the first half from scratch; the last 30 % is masked."""
+    ramp: dict[str, Any] = {"initial_sparsity": None}
+    if plan.regime == "scratch":
+        ramp = {"initial_sparsity": 0.0, "ramp_end_step": plan.at(0.5)}
+    return _sparsifier("resu", plan, end_step=plan.at(0.7), interval=interval, gamma=gamma, **(ramp | more))
+
+
+@methods.register("resu")
+def resu(plan: Plan) -> Setting:
+    """Dormant resurrection with the library's defaults for γ and the interval."""
+    from resu.training.algorithms import RESU
+
+    return _dormant(plan, RESU.gamma, RESU.interval)
+
+
+def _add_dormant(name: str, gamma: float, interval: int) -> None:
+    methods.register(name)(lambda plan: _dormant(plan, gamma, interval))
+
+
+_add_dormant("dormant-0.3", 0.3, 16)
+_add_dormant("dormant-0.1", 0.1, 16)
+_add_dormant("feedback", 1.0, 16)  # dynamic pruning with feedback, arXiv 2006.07253
+_add_dormant("straight-through", 1.0, 1)
+
+
+def _cycles(plan: Plan, tail: float = 0.0, **fields: Any) -> Setting:
+    """Inline cycles; from a trained network every cycle is at the final sparsity."""
+    tuned = {"num_cycles": 5 if plan.regime == "scratch" else 10} | fields
+    count = tuned["num_cycles"]
+    per_cycle = (plan.steps - plan.at(tail)) // count
+    start: dict[str, Any] = {"target_sparsity": plan.sparsity, "sparsity_schedule": "constant"}
+    if plan.regime == "scratch":
+        start = {"target_sparsity": plan.sparsity, "initial_sparsity": 0.0}
+    options = start | {"steps_per_cycle": per_cycle} | tuned
+    return Setting("cycles", options=options, tail=plan.steps - count * per_cycle)
+
+
+@methods.register("inline")
+def inline(plan: Plan) -> Setting:
+    """RESU as documented: θ acts in the forward while the active weights are frozen; 60/10/30 % phases."""
+    return _cycles(plan, use_selective=False)
+
+
+@methods.register("inline-tail")
+def inline_tail(plan: Plan) -> Setting:
+    """Short inline phases in many cycles, and masked training over the last third."""
+    phases = {"train_fraction": 0.9, "stabilize_fraction": 0.0, "resu_fraction": 0.1}
+    return _cycles(plan, tail=1 / 3, use_selective=False, num_cycles=20, **phases)
+
+
+@methods.register("qresu")
+def qresu(plan: Plan) -> Setting:
+    """Inline cycles with active weights in 4 bits during resurrection."""
+    return _cycles(plan, use_selective=False, quantize_bits=4)
+
+
+@methods.register("qresu-selective")
+def qresu_selective(plan: Plan) -> Setting:
+    """As QRESU, with only consistent coordinates of θ updated."""
+    return _cycles(plan, use_selective=True, quantize_bits=4)

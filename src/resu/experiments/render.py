@@ -1,0 +1,80 @@
+"""The page of results: tables and a plot from the CSV files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from resu.experiments.leaderboard import Table, markdown, plot, read_rows, tables
+from resu.experiments.methods import methods
+
+__all__ = ["ORDER", "render"]
+
+ORDER = (
+    *("dense", "static", "one-shot", "gradual", "feedback", "straight-through"),
+    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.1", "dormant-0.3", "resu"),
+)
+"""Methods in the order of tables: baselines first, then the resurrection methods."""
+
+_BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
+_TITLES = {
+    "mlp": "MLP 784-300-100-10, Fashion-MNIST",
+    "conv": "Small conv net, Fashion-MNIST",
+    "gpt": "Character GPT, 3 layers, tiny shakespeare",
+    "digits": "MLP 64-128-64-10, digits",
+}
+_REGIMES = {"scratch": "from scratch", "finetune": "fine-tuning of a trained network"}
+
+
+def render(folder: str | Path, page: str | Path) -> None:
+    """Write tables and a plot (beside the page, as PNG) from every ``honest_*.csv`` in ``folder``.
+
+    A page that exists keeps its text; only what stands between its two table marks is replaced.
+
+    Raises:
+        ValueError: If there is no result, or an existing page has no marks.
+    """
+    page, folder = Path(page), Path(folder)
+    found = [table for csv in sorted(folder.glob("honest_*.csv")) for table in tables(read_rows(csv))]
+    if not found:
+        raise ValueError(f"no result in {folder}: looked for honest_*.csv")
+    rank = {name: i for i, name in enumerate(_TITLES)}
+    found.sort(key=lambda t: (rank.get(t.task, 99), t.regime != "scratch"))
+    if page.exists():
+        before, begin, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
+        _, end, after = rest.partition(_END)
+        if not begin or not end:
+            raise ValueError(f"{page} exists and has no marks {_BEGIN} … {_END} to write tables between")
+    else:
+        before, after = "# Which way of pruning is best?\n\n", "\n"
+    image = page.with_suffix(".png")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    plot(found, image, ORDER)
+    body = "\n\n".join(_section(table) for table in found)
+    settings = _settings(found)
+    text = f"{before}{_BEGIN}\n\n![Results]({image.name})\n\n{body}\n\n{settings}\n\n{_END}{after}"
+    scratch = page.with_suffix(".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(page)
+
+
+def _section(table: Table) -> str:
+    metric = (
+        "test accuracy in percent" if table.metric == "accuracy" else "test loss in nats, lower is better"
+    )
+    exact = "Counts and zeros of every sparse run are exact." if table.exact else "NOT every run is exact."
+    title = f"### {_TITLES.get(table.task, table.task)}: {_REGIMES[table.regime]}"
+    note = f"{table.steps} steps, {table.recipe}; {metric}, mean ± standard deviation over seeds. {exact}"
+    return f"{title}\n\n{note}\n\n{markdown(table, ORDER)}"
+
+
+def _settings(found: list[Table]) -> str:
+    """What each method did, as it stands in the CSV files."""
+    lines = ["### What ran", ""]
+    names = {name for table in found for name in table.cells}
+    for name in [*(n for n in ORDER if n in names), *sorted(names - set(ORDER))]:
+        about = (methods[name].__doc__ or "").partition("\n")[0] if name in methods else ""
+        lines.append(f"- `{name}`{': ' + about if about else ''}")
+        for table in found:
+            if name in table.settings and name != "dense":
+                lines.append(f"  - {table.task}, {table.regime}: `{table.settings[name]}`")
+    return "\n".join(lines)
