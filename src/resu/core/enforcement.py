@@ -4,7 +4,8 @@ A :class:`Constraint` names, for one parameter, the positions that training must
 ones, which stay exactly +0.0 (``kind="zero"``), or the active ones, which stay bit-identical
 (``kind="frozen"``). It acts at two places and nowhere else:
 
-* a tensor hook on the parameter masks the incoming gradient (``where``, so that NaN does not survive);
+* a hook on the parameter zeroes the gradient there as soon as it is accumulated (set, not multiplied: NaN does not
+  survive). It edits ``.grad`` in place: a tensor hook would have to return a second gradient-sized tensor;
 * after every step of *any* ``torch.optim.Optimizer`` that owns the parameter, the positions are put back.
 
 The second is needed because a zero gradient freezes nothing: momentum carried over from before and weight
@@ -23,6 +24,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
@@ -66,7 +68,8 @@ class Constraint:
         self.mask_gradient = mask_gradient
         self._before: Tensor | None = None
         self._cleared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._hook = parameter.register_hook(self._masked_gradient) if parameter.requires_grad else None
+        self._hook: RemovableHandle | None = None
+        self._watch(parameter)
         _install()
         _live.add(self)
 
@@ -80,17 +83,22 @@ class Constraint:
         mask = self.mask.mask
         return mask.logical_not_() if self.kind == "zero" else mask
 
-    def _masked_gradient(self, grad: Tensor) -> Tensor:
-        if not self.mask_gradient:
-            return grad
-        return grad.masked_fill(self.held(), 0)
+    def _watch(self, parameter: Tensor) -> None:
+        if self._hook is None and parameter.requires_grad:
+            self._hook = parameter.register_post_accumulate_grad_hook(self._mask_gradient)
+
+    def _mask_gradient(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if self.mask_gradient and grad is not None:
+            if grad.is_sparse:
+                parameter.grad = grad = grad.to_dense()
+            self.mask.zero_(grad, active=self.kind == "frozen")
 
     def enforce(self) -> None:
         """Zero the pruned positions now (``kind="zero"``)."""
         parameter = self._parameter()
         if parameter is not None and self.kind == "zero":
-            with torch.no_grad():
-                parameter.masked_fill_(self.held(), 0)
+            self.mask.apply_(parameter)
 
     def remove(self) -> None:
         """Let go of the parameter: no hook, no copy, no enforcement."""
@@ -102,10 +110,13 @@ class Constraint:
 
     # -- around an optimizer step ---------------------------------------------------------------------
     def _before_step(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
-        if self.kind != "frozen":
-            return
         parameter = self._parameter()
         assert parameter is not None
+        if self._hook is None and parameter.requires_grad:  # it did not require a gradient before
+            self._watch(parameter)
+            self._mask_gradient(parameter)
+        if self.kind != "frozen":
+            return
         if optimizer not in self._cleared:  # momentum from before the freeze would move frozen weights
             clear_state(optimizer, parameter, self.held())
             self._cleared.add(optimizer)
@@ -119,8 +130,7 @@ class Constraint:
         if self.kind == "zero":
             self.enforce()
         elif self._before is not None:
-            with torch.no_grad():
-                parameter.copy_(torch.where(self.held(), self._before, parameter))
+            self.mask.restore_(parameter, self._before)
             self._before = None
 
 

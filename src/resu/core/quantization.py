@@ -1,0 +1,164 @@
+"""Affine quantization of the active values of a weight to 4 or 8 bits, per output row or per tensor.
+
+``w ≈ (code - zero) * scale`` with ``scale = (max - min) / (2^bits - 1)`` and ``zero = -min / scale``, both over
+the **active** values only. The zero point is a real number, not an integer, so that every active value comes
+back within half a step. Values are restored as ``code * scale + offset`` with ``offset = -zero * scale`` computed in
+float64: subtracting a large zero point from a small code first would lose what the zero point is for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resu.core.counting import check_finite
+
+__all__ = ["Quantized", "check_bits", "dequantize", "offsets", "pack_codes", "quantize", "unpack_codes"]
+
+SCHEMES = ("per_channel", "per_tensor")
+_PAIRS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+class Quantized(NamedTuple):
+    """Codes and what turns them back into values.
+
+    Attributes:
+        codes: uint8, the shape of the weight; 0 at pruned positions.
+        scale: ``[rows]`` (``[1]`` for ``per_tensor``), >= 0.
+        zero: Real zero point, the shape of ``scale``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def check_bits(bits: int, scheme: str) -> None:
+    """Raise ``ValueError`` unless ``bits`` is 4 or 8 and the scheme is known."""
+    if isinstance(bits, bool) or bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits!r}")
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown quantization scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+
+
+def quantize(w: Tensor, bits: int = 4, scheme: str = "per_channel", mask: Tensor | None = None) -> Quantized:
+    """Quantize the active values of ``w``.
+
+    Args:
+        w: Floating, any shape; seen as ``[rows, columns]`` with rows the first dimension.
+        bits: 4 or 8.
+        scheme: ``"per_channel"`` (one scale per row) or ``"per_tensor"``.
+        mask: Bool of the shape of ``w``, True = active; None means all.
+
+    Returns:
+        :class:`Quantized`. Each active value comes back within ``scale / 2`` (up to rounding of the value itself);
+        a constant row comes back exactly, a row without active values has scale and zero 0.
+        Scales are float32, or float64 for a float64 weight.
+
+    Raises:
+        ValueError: On unknown bits or scheme, active values that are NaN or infinite, or a mask that does not fit.
+
+    Example:
+        >>> q = quantize(torch.tensor([[0.0, 1.5, 7.5]]), bits=4)
+        >>> q.codes.tolist(), q.scale.tolist(), dequantize(*q).tolist()
+        ([[0, 3, 15]], [0.5], [[0.0, 1.5, 7.5]])
+    """
+    check_bits(bits, scheme)
+    if not w.is_floating_point():
+        raise TypeError(f"quantize needs a floating tensor, got {w.dtype}")
+    if mask is not None and mask.shape != w.shape:
+        raise ValueError(f"mask of shape {tuple(mask.shape)} used on a weight of shape {tuple(w.shape)}")
+    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    values = w.detach().to(dtype)
+    if mask is not None:
+        values = values.masked_fill(~mask, 0)
+    check_finite(values, "the active weights")
+    rows = values.reshape(w.shape[0] if w.ndim > 1 and scheme == "per_channel" else 1, -1)
+    if rows.shape[1] == 0:
+        none = torch.zeros(rows.shape[0], dtype=dtype, device=w.device)
+        return Quantized(torch.zeros(w.shape, dtype=torch.uint8, device=w.device), none, none.clone())
+    if mask is None:
+        low, high = rows.aminmax(dim=1)
+    else:
+        hole = ~mask.reshape(rows.shape)
+        low = rows.masked_fill(hole, torch.inf).amin(dim=1)
+        high = rows.masked_fill(hole, -torch.inf).amax(dim=1)
+        empty = low > high
+        low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+    levels = 2**bits - 1
+    scale = (high.double() / levels - low.double() / levels).to(
+        dtype
+    )  # divided first: max - min may overflow
+    # A range too small for a step of its own is a constant row: code 0, scale |c|, zero -sign(c) gives c exactly.
+    flat = (scale == 0) | (low == high)
+    scale = torch.where(flat, low.abs(), scale)
+    zero = torch.where(flat, -low.sign(), -low.double() / torch.where(flat, torch.ones_like(scale), scale))
+    step = torch.where(flat, torch.ones_like(scale), scale).unsqueeze(1)
+    codes = ((rows.double() - low.double().unsqueeze(1)) / step).round_().clamp_(0, levels)
+    codes = codes.masked_fill_(flat.unsqueeze(1), 0).to(torch.uint8).reshape(w.shape)
+    if mask is not None:
+        codes = codes.masked_fill_(~mask, 0)
+    return Quantized(codes, scale, zero.to(dtype))
+
+
+def offsets(scale: Tensor, zero: Tensor) -> Tensor:
+    """The value of code 0 per row, ``-zero * scale``, rounded once."""
+    return (-zero.double() * scale.double()).to(scale.dtype)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Values of ``codes`` (uint8 ``[rows, …]``, unpacked) in the dtype of ``scale``."""
+    shape = (-1, *([1] * (codes.ndim - 1)))
+    # Two operations, not a fused one: the result is the same bits in every tile, vector lane and tail.
+    return codes.to(scale.dtype).mul_(scale.view(shape)).add_(offsets(scale, zero).view(shape))
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack 1-D codes: 4-bit two per byte (the earlier one in the low half), 8-bit as they are.
+
+    Example:
+        >>> pack_codes(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist()
+        [33, 3]
+    """
+    check_bits(bits, SCHEMES[0])
+    if codes.dtype != torch.uint8 or codes.ndim != 1:
+        raise ValueError(f"expected 1-D uint8 codes, got {codes.dtype} of shape {tuple(codes.shape)}")
+    if bits == 8:
+        return codes.clone()
+    packed = codes[0::2].clone()
+    packed[: codes.numel() // 2].bitwise_or_(codes[1::2] << 4)
+    return packed
+
+
+def unpack_codes(
+    packed: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype = torch.uint8
+) -> Tensor:
+    """Codes number ``start`` up to ``stop``, 1-D, as ``dtype`` (uint8 or a floating dtype).
+
+    Example:
+        >>> unpack_codes(torch.tensor([33, 3], dtype=torch.uint8), 1, 3, 4).tolist()
+        [2, 3]
+    """
+    check_bits(bits, SCHEMES[0])
+    if bits == 8:
+        return packed[start:stop].to(dtype)
+    first = start // 2
+    if stop <= start:
+        return torch.empty(0, dtype=dtype, device=packed.device)
+    # One look-up of two values per byte; several times cheaper than shifting, masking and interleaving.
+    pairs = _pairs(packed.device, dtype).index_select(0, packed[first : (stop + 1) // 2].to(torch.int32))
+    return pairs.view(dtype)[start - 2 * first : stop - 2 * first]
+
+
+def _pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """For each byte its two codes as ``dtype``, seen as one element of twice the size."""
+    table = _PAIRS.get((device, dtype))
+    if table is None:
+        byte = torch.arange(256)
+        values = torch.stack([byte & 15, byte >> 4], dim=1).to(device=device, dtype=dtype)
+        wide = {1: torch.int16, 2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]
+        table = values.view(wide).view(-1)
+        _PAIRS[device, dtype] = table
+    return table
