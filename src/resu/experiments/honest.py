@@ -105,7 +105,8 @@ def missing(task: Task, regime: Regime, jobs: Iterable[Job], done: Iterable[Row]
 def _run_all(options: argparse.Namespace) -> int:
     task = _task(options.task, options.quick)
     csv = options.out / f"honest_{options.task}_{options.regime}.csv"
-    jobs = itertools.product(options.methods, options.sparsities, options.seeds)
+    order = itertools.product(options.seeds, options.sparsities, options.methods)
+    jobs = [(method, sparsity, seed) for seed, sparsity, method in order]
     todo = missing(task, options.regime, jobs, read_rows(csv))
     cache = options.cache or options.out / "dense"
     shared = (options.data_dir, cache, options.threads)

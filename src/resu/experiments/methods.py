@@ -96,10 +96,10 @@ def gradual(plan: Plan) -> Setting:
 
 def _dormant(plan: Plan, gamma: float, interval: int, **more: Any) -> Setting:
     """One shot in fine-tuning, a cubic ramp over the first half from scratch; the last 30 % is masked."""
-    ramp: dict[str, Any] = {"initial_sparsity": None}
+    ramp: dict[str, Any] = {"initial_sparsity": None, "end_step": plan.at(0.7)}
     if plan.regime == "scratch":
-        ramp = {"initial_sparsity": 0.0, "ramp_end_step": plan.at(0.5)}
-    return _sparsifier("resu", plan, end_step=plan.at(0.7), interval=interval, gamma=gamma, **(ramp | more))
+        ramp |= {"initial_sparsity": 0.0, "ramp_end_step": plan.at(0.5)}
+    return _sparsifier("resu", plan, **(ramp | {"interval": interval, "gamma": gamma} | more))
 
 
 @methods.register("resu")
@@ -115,9 +115,15 @@ def _add_dormant(name: str, gamma: float, interval: int) -> None:
 
 
 _add_dormant("dormant-0.3", 0.3, 16)
-_add_dormant("dormant-0.1", 0.1, 16)
 _add_dormant("feedback", 1.0, 16)  # dynamic pruning with feedback, arXiv 2006.07253
-_add_dormant("straight-through", 1.0, 1)
+_add_dormant("dormant-1", 1.0, 1)
+_add_dormant("dormant-2", 2.0, 1)
+
+
+@methods.register("straight-through")
+def straight_through(plan: Plan) -> Setting:
+    """The gradient of the masked forward updates every weight; the mask is taken anew at each step."""
+    return _dormant(plan, gamma=1.0, interval=1, end_step=None)
 
 
 def _cycles(plan: Plan, tail: float = 0.0, **fields: Any) -> Setting:

@@ -11,7 +11,7 @@ __all__ = ["ORDER", "render"]
 
 ORDER = (
     *("dense", "static", "one-shot", "gradual", "feedback", "straight-through"),
-    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.1", "dormant-0.3", "resu"),
+    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3", "dormant-1", "dormant-2", "resu"),
 )
 """Methods in the order of tables: baselines first, then the resurrection methods."""
 

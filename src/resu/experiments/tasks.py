@@ -116,7 +116,7 @@ _add(
     Task(
         *("mlp", "fashion-mnist", lambda data: mlp(784, 300, 100, 10)),
         *(4000, 1500, 128),
-        lr=1e-3,
+        lr=2e-3,
         finetune_lr=2e-3,
     )
 )
