@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -193,7 +194,7 @@ class PackedRows:
         rows = self.bitmask.shape[0]
         step = max(1, limit // max(self.columns, 1))
         edges = [0, *[s for s in starts if 0 < s < rows], rows]
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             for r0 in range(low, high, step):
                 yield r0, min(r0 + step, high)
 
@@ -237,6 +238,15 @@ class PackedRows:
             if not direct:
                 out[a - r0 : b - r0].copy_(chunk)
         return out
+
+    def holes(self, r0: int, r1: int, holes: list[tuple[int, int, Tensor]]) -> None:
+        """Append what :meth:`assemble` would, without assembling."""
+        step = max(1, CHUNK // max(self.columns, 1))
+        for a in range(r0, r1, step):
+            b = min(a + step, r1)
+            bits = unpack_bits(self.bitmask[a:b], (b - a, self.columns))
+            t0 = a * self.columns - int(self.offsets[a])
+            holes.append(((a - r0) * self.columns, t0, positions(bits.logical_not_())))
 
     @staticmethod
     def collect(tile: Tensor, holes: list[tuple[int, int, Tensor]], out: Tensor) -> None:
