@@ -17,7 +17,7 @@ from torch import Tensor
 from resu.core.counting import check_finite, check_sparsity, keep_count, largest_remainder, top_k_mask
 from resu.core.registry import Registry
 
-__all__ = ["Allocation", "allocate", "allocations"]
+__all__ = ["Allocation", "allocate", "allocations", "global_masks"]
 
 Allocation = Callable[[Mapping[str, torch.Size], float, Mapping[str, Tensor] | None], dict[str, int]]
 
@@ -172,25 +172,36 @@ def global_top_k(
             f"distribution 'global' ranks scores of all layers together; none given for {missing}"
         )
     for name, shape in shapes.items():
-        check_finite(scores[name], f"scores of {name!r}")
         if scores[name].shape != shape:
             raise ValueError(
                 f"scores of {name!r} have shape {tuple(scores[name].shape)}, its weight {tuple(shape)}"
             )
-    sizes = _sizes(shapes)
+    masks = global_masks({name: scores[name] for name in shapes}, sparsity)
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Bool masks of the exact top-k over all layers together: what ``"global"`` counts. O(n) time.
+
+    Raises:
+        ValueError: On NaN or infinite scores, or fewer kept weights than layers.
+    """
+    for name, score in scores.items():
+        check_finite(score, f"scores of {name!r}")
+    sizes = _sizes({name: score.shape for name, score in scores.items()})
     total = keep_count(sum(sizes.values()), sparsity)
     if total < len(sizes):
         raise ValueError(
             f"sparsity {sparsity!r} keeps {total} weights, fewer than the {len(sizes)} layers that keep one each"
         )
     device = next(iter(scores.values())).device
-    rescued: set[str] = set()
+    rescued: dict[str, Tensor] = {}
     while True:
-        names = [name for name in shapes if name not in rescued]
+        names = [name for name in scores if name not in rescued]
         joined = torch.cat([scores[name].detach().reshape(-1).to(device) for name in names])
-        kept = top_k_mask(joined, total - len(rescued)).split([sizes[name] for name in names])
-        counts = {name: int(part.sum()) for name, part in zip(names, kept, strict=True)}
-        empty = {name for name, count in counts.items() if count == 0}
+        parts = top_k_mask(joined, total - len(rescued)).split([sizes[name] for name in names])
+        masks = {name: part.view(scores[name].shape) for name, part in zip(names, parts, strict=True)}
+        empty = [name for name, mask in masks.items() if not bool(mask.any())]
         if not empty:
-            return {name: counts.get(name, 1) for name in shapes}
-        rescued |= empty
+            return {name: rescued[name] if name in rescued else masks[name] for name in scores}
+        rescued |= {name: top_k_mask(scores[name].detach(), 1) for name in empty}

@@ -15,8 +15,8 @@ from resu.core.enforcement import Constraint
 from resu.core.layers import Layer, select
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
-from resu.core.pattern import NM, Pattern, get_pattern
-from resu.pruning.allocation import Allocation, allocate
+from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
+from resu.pruning.allocation import Allocation, allocate, global_masks
 from resu.training.algorithms.base import Algorithm, View
 from resu.training.report import LayerReport, SparsityReport
 
@@ -200,6 +200,11 @@ class Sparsifier:
         """One topology update of all layers."""
         sparsity = self.algorithm.target(self.step)
         views = {name: self._view(name) for name in self.layers}
+        if sparsity > 0 and self._ranks_globally():
+            scores = {name: self.algorithm.scores(view) for name, view in views.items()}
+            for name, new in global_masks(scores, sparsity).items():
+                self._move(name, views[name].mask, new)
+            return
         keeps = self._allocate(views, sparsity)
         for name, view in views.items():
             view = dataclasses.replace(view, keep=keeps[name])
@@ -208,6 +213,11 @@ class Sparsifier:
             else:
                 new = self.algorithm.update_mask(view, sparsity, self.step)
             self._move(name, view.mask, new)
+
+    def _ranks_globally(self) -> bool:
+        """Whether one ranking over all layers gives the masks at once: the counts and the best of each layer."""
+        plain = type(self.algorithm).update_mask is Algorithm.update_mask
+        return plain and self.distribution == "global" and self.pattern == Unstructured()
 
     def _view(self, name: str) -> View:
         weight, mask = self.layers[name].weight.detach(), self._constraints[name].mask.mask

@@ -62,12 +62,15 @@ class Algorithm(ABC):
 
     #: Whether the optimizer may learn values at pruned positions (they take no part in the forward).
     learns_pruned: ClassVar[bool] = False
-    #: Whether optimizer state of positions that change sides is zeroed.
-    clears_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         Every(self.interval, self.begin_step, self.end_step)
+
+    @property
+    def clears_state(self) -> bool:
+        """Whether optimizer state of positions that change sides is zeroed."""
+        return True
 
     def target(self, step: int) -> float:
         """Sparsity at ``step``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,7 +33,9 @@ class RESU(Algorithm):
     Args:
         initial_sparsity: Sparsity at ``begin_step``; equal to ``sparsity`` (or None) prunes in one shot.
         ramp_end_step: Where the cubic ramp reaches the final sparsity; None: at ``end_step``.
-        gamma: Damping of θ's update, in (0, 1].
+        gamma: Factor on θ's update, > 0; below 1 it damps.
+        fresh_state: Zero the optimizer's state at positions that change sides (the contract of every other rule). False
+            lets momenta go on: a position trains on both sides of the mask.
 
     Example:
         >>> rule = RESU(sparsity=0.9, begin_step=0, ramp_end_step=500, end_step=800)
@@ -44,9 +47,9 @@ class RESU(Algorithm):
     initial_sparsity: float | None = 0.0
     ramp_end_step: int | None = None
     gamma: float = 0.3
+    fresh_state: bool = True
 
     learns_pruned: ClassVar[bool] = True
-    clears_state: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,8 +59,8 @@ class RESU(Algorithm):
                 raise ValueError(
                     f"initial_sparsity {self.initial_sparsity} is above the final sparsity {self.sparsity}"
                 )
-        if not 0.0 < self.gamma <= 1.0:
-            raise ValueError(f"gamma must lie in (0, 1], got {self.gamma!r}")
+        if not (self.gamma > 0.0 and math.isfinite(self.gamma)):
+            raise ValueError(f"gamma must be positive and finite, got {self.gamma!r}")
         if self.ramp_end_step is not None:
             last = self.end_step if self.end_step is not None else self.ramp_end_step
             if not self.begin_step <= self.ramp_end_step <= last:
@@ -65,6 +68,11 @@ class RESU(Algorithm):
                     f"need begin_step <= ramp_end_step <= end_step, got {self.begin_step}, "
                     f"{self.ramp_end_step}, {self.end_step}"
                 )
+
+    @property
+    def clears_state(self) -> bool:
+        """As ``fresh_state`` says."""
+        return self.fresh_state
 
     def target(self, step: int) -> float:
         """The ramp's value; 0 before it begins."""
