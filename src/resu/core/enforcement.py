@@ -4,8 +4,9 @@ A :class:`Constraint` names, for one parameter, the positions that training must
 ones, which stay exactly +0.0 (``kind="zero"``), or the active ones, which stay bit-identical
 (``kind="frozen"``). It acts at two places and nowhere else:
 
-* a hook on the parameter zeroes the gradient there as soon as it is accumulated (set, not multiplied: NaN does not
-  survive). It edits ``.grad`` in place: a tensor hook would have to return a second gradient-sized tensor;
+* a hook on the parameter zeroes the gradient there as soon as it is accumulated (set, not multiplied: NaN
+  does not survive). It edits ``.grad`` in place: a tensor hook would have to return a second gradient-sized
+  tensor;
 * after every step of *any* ``torch.optim.Optimizer`` that owns the parameter, the positions are put back.
 
 The second is needed because a zero gradient freezes nothing: momentum carried over from before and weight
@@ -17,7 +18,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,

@@ -19,7 +19,8 @@ __all__ = ["SparseMask", "pack_bits", "unpack_bits"]
 _GATHER = 0x0102040810204080
 _EXPAND: dict[torch.device, Tensor] = {}
 _WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Weights handled at a time by loops over rows: what they need beside the weight stays in the second-level cache.
+# Weights handled at a time by loops over rows: what they need beside the weight stays in the second-level
+# cache.
 CHUNK = 1 << 18
 
 

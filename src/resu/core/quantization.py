@@ -1,9 +1,10 @@
 """Affine quantization of the active values of a weight to 4 or 8 bits, per output row or per tensor.
 
-``w ≈ (code - zero) * scale`` with ``scale = (max - min) / (2^bits - 1)`` and ``zero = -min / scale``, both over
-the **active** values only. The zero point is a real number, not an integer, so that every active value comes
-back within half a step. Values are restored as ``code * scale + offset`` with ``offset = -zero * scale`` computed in
-float64: subtracting a large zero point from a small code first would lose what the zero point is for.
+``w ≈ (code - zero) * scale`` with ``scale = (max - min) / (2^bits - 1)`` and ``zero = -min / scale``, both
+over the **active** values only. The zero point is a real number, not an integer, so that every active value
+comes back within half a step. Values are restored as ``code * scale + offset`` with
+``offset = -zero * scale`` computed in float64: subtracting a large zero point from a small code first would
+lose what the zero point is for.
 """
 
 from __future__ import annotations
@@ -53,12 +54,13 @@ def quantize(w: Tensor, bits: int = 4, scheme: str = "per_channel", mask: Tensor
         mask: Bool of the shape of ``w``, True = active; None means all.
 
     Returns:
-        :class:`Quantized`. Each active value comes back within ``scale / 2`` (up to rounding of the value itself);
-        a constant row comes back exactly, a row without active values has scale and zero 0.
+        :class:`Quantized`. Each active value comes back within ``scale / 2`` (up to rounding of the value
+        itself); a constant row comes back exactly, a row without active values has scale and zero 0.
         Scales are float32, or float64 for a float64 weight.
 
     Raises:
-        ValueError: On unknown bits or scheme, active values that are NaN or infinite, or a mask that does not fit.
+        ValueError: On unknown bits or scheme, active values that are NaN or infinite, or a mask that does not
+            fit.
 
     Example:
         >>> q = quantize(torch.tensor([[0.0, 1.5, 7.5]]), bits=4)
@@ -91,7 +93,8 @@ def quantize(w: Tensor, bits: int = 4, scheme: str = "per_channel", mask: Tensor
     scale = (high.double() / levels - low.double() / levels).to(
         dtype
     )  # divided first: max - min may overflow
-    # A range too small for a step of its own is a constant row: code 0, scale |c|, zero -sign(c) gives c exactly.
+    # A range too small for a step of its own is a constant row: code 0, scale |c|, zero -sign(c) gives c
+    # exactly.
     flat = (scale == 0) | (low == high)
     scale = torch.where(flat, low.abs(), scale)
     zero = torch.where(flat, -low.sign(), -low.double() / torch.where(flat, torch.ones_like(scale), scale))

@@ -1,8 +1,8 @@
 """θ at pruned positions, for a weight of any shape: start values, Φ (scatter), Φ⁻¹ (gather), and rows of
 ``W_eff = M⊙W + Φ(θ)`` put together from packed codes, mask bits, scales and θ.
 
-A weight is seen as ``[rows, columns]``, rows the first dimension; θ holds the pruned positions in row-major order.
-Everything works row range by row range, so that nothing of the weight's size is ever held beside it.
+A weight is seen as ``[rows, columns]``, rows the first dimension; θ holds the pruned positions in row-major
+order. Everything works row range by row range, so that nothing of the weight's size is ever held beside it.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def scatter_theta_(x: Tensor, theta: Tensor, mask: SparseMask) -> Tensor:
     """Φ: write ``theta`` (``[p]``) into ``x`` at pruned positions, in place; returns ``x``."""
     if x.shape != mask.shape or theta.shape != (mask.n_pruned,):
         raise ValueError(
-            f"theta of shape {tuple(theta.shape)} cannot be placed by a mask of shape {tuple(mask.shape)} with "
-            f"{mask.n_pruned} pruned positions into a tensor of shape {tuple(x.shape)}"
+            f"theta of shape {tuple(theta.shape)} cannot be placed by a mask of shape {tuple(mask.shape)} "
+            f"with {mask.n_pruned} pruned positions into a tensor of shape {tuple(x.shape)}"
         )
     flat = x.detach().view(-1) if x.is_contiguous() else x.detach().reshape(-1)
     done = 0
@@ -105,7 +105,9 @@ def scatter_theta_(x: Tensor, theta: Tensor, mask: SparseMask) -> Tensor:
 
 
 def sigma_active(weight: Tensor, mask: SparseMask) -> float:
-    """Standard deviation of the active weights (around their mean, divided by their count); 0 if there are none."""
+    """Standard deviation of the active weights (around their mean, divided by their count); 0 if there are
+    none.
+    """
     values = gather_active(weight, mask)
     if values.numel() == 0:
         return 0.0
@@ -201,7 +203,8 @@ class PackedRows:
     def assemble(
         self, theta: Tensor, r0: int, r1: int, out: Tensor, holes: list[tuple[int, int, Tensor]] | None = None
     ) -> Tensor:
-        """Write rows ``r0:r1`` of ``W_eff`` into ``out`` (``[r1 - r0, columns]``, contiguous); returns ``out``.
+        """Write rows ``r0:r1`` of ``W_eff`` into ``out`` (``[r1 - r0, columns]``, contiguous); returns
+        ``out``.
 
         Values are restored in the dtype of ``scale`` and cast to that of ``out``.
 
@@ -210,8 +213,8 @@ class PackedRows:
             r0: First row.
             r1: One past the last row.
             out: Where to.
-            holes: If given, ``(flat start of the chunk in out, start in theta, indices in the chunk)`` is appended
-                per chunk, for :meth:`collect`.
+            holes: If given, ``(flat start of the chunk in out, start in theta, indices in the chunk)`` is
+                appended per chunk, for :meth:`collect`.
         """
         step = max(1, CHUNK // max(self.columns, 1))
         direct = out.dtype == self.scale.dtype

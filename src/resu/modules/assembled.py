@@ -1,10 +1,11 @@
 """Products with a weight that exists only as packed codes, mask bits, scales and θ.
 
 Rows of ``W_eff`` are put together tile by tile, multiplied and forgotten, forward and backward; the gradient
-of θ is gathered from the weight gradient of one tile at a time. Nothing of the weight's size is ever allocated.
+of θ is gathered from the weight gradient of one tile at a time. Nothing of the weight's size is ever
+allocated.
 
-The operators are registered with ``torch.library``, so that ``torch.compile`` sees one opaque call and does not
-break the graph.
+The operators are registered with ``torch.library``, so that ``torch.compile`` sees one opaque call and does
+not break the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from resu.core.resurrection import PackedRows, gather_theta
 
 __all__ = ["TILE", "assembled_conv2d", "assembled_linear", "assembled_weight"]
 
-# Weights per tile: 4 MB of float32. Smaller tiles would make many thin products, larger ones only cost memory.
+# Weights per tile: 4 MB of float32. Smaller tiles would make many thin products, larger ones only cost
+# memory.
 TILE = 1 << 20
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -30,7 +32,8 @@ _PACKED = "Tensor codes, Tensor bitmask, Tensor scale, Tensor zero, Tensor offse
 _CONV = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 _library.define(f"assembled_linear(Tensor x, Tensor theta, Tensor? bias, {_PACKED}) -> Tensor")
 _library.define(
-    f"assembled_linear_backward(Tensor grad, Tensor x, Tensor theta, {_PACKED}, bool[2] needs) -> (Tensor, Tensor)"
+    f"assembled_linear_backward(Tensor grad, Tensor x, Tensor theta, {_PACKED}, bool[2] needs)"
+    " -> (Tensor, Tensor)"
 )
 _library.define(f"assembled_conv2d(Tensor x, Tensor theta, Tensor? bias, {_PACKED}, {_CONV}) -> Tensor")
 _library.define(
@@ -283,8 +286,8 @@ class _Weight(torch.autograd.Function):
         return gather_theta(grad, ctx.mask).to(ctx.dtype), None, None, None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def assembled_weight(theta: Tensor, rows: PackedRows, mask: SparseMask, dtype: torch.dtype) -> Tensor:
     """``W_eff`` as a dense tensor of the mask's shape; gradients flow to θ. For inspection and export."""
-    weight: Tensor = _Weight.apply(theta, rows, mask, dtype)
+    weight: Tensor = _Weight.apply(theta, rows, mask, dtype)  # type: ignore[no-untyped-call]
     return weight

@@ -32,7 +32,8 @@ class ActivationCapture:
     def activation_norms(self) -> Tensor | None:
         """L2 norm per input over all batches so far, float32; None before the first one.
 
-        ``[in]`` for a linear layer; ``[in, kh, kw]`` for a convolution (the norm of each column of the unfolded input).
+        ``[in]`` for a linear layer; ``[in, kh, kw]`` for a convolution (the norm of each column of the
+        unfolded input).
         """
         return None if self._square_sums is None else self._square_sums.sqrt()
 

@@ -40,7 +40,8 @@ class RESUConv2d(RESUModule, nn.Conv2d):
         if self._capture:
             self._record(input)
         if not self._settings.mode.quantized:
-            return self._conv_forward(input, self.weight, self.bias)
+            y: Tensor = self._conv_forward(input, self.weight, self.bias)
+            return y
         padded, padding = self._padded(input)
         return assembled_conv2d(
             padded, self._theta_parameter(), self.bias, self._rows(), self.weight_dtype,
@@ -94,7 +95,8 @@ class RESUConv2d(RESUModule, nn.Conv2d):
         """A layer that shares (not copies) the parameters of ``conv``."""
         new = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, conv.padding_mode, device="meta", dtype=conv.weight.dtype, **options,
+            conv.groups, conv.bias is not None, conv.padding_mode, device="meta", dtype=conv.weight.dtype,
+            **options,
         )  # fmt: skip
         new._parameters["weight"], new._parameters["bias"] = (
             conv._parameters["weight"],

@@ -24,9 +24,9 @@ def convert_to_resu(
 ) -> nn.Module:
     """Replace ``nn.Linear`` and ``nn.Conv2d`` by ``RESULinear`` and ``RESUConv2d``, in place.
 
-    Parameters are shared, not copied, so an optimizer made before stays valid; ties, device, dtype, training flag and
-    hooks are kept. Subclasses of ``nn.Linear`` or ``nn.Conv2d`` (other code relies on their inside) and layers
-    without a plain ``weight`` Parameter are left alone.
+    Parameters are shared, not copied, so an optimizer made before stays valid; ties, device, dtype, training
+    flag and hooks are kept. Subclasses of ``nn.Linear`` or ``nn.Conv2d`` (other code relies on their inside)
+    and layers without a plain ``weight`` Parameter are left alone.
 
     Args:
         model: Any module. If it is itself a layer, its replacement is returned.
@@ -76,8 +76,8 @@ def convert_to_resu(
         setattr(model.get_submodule(parent), attribute, replaced[id(module)])
     if not replaced and not already:
         raise ValueError(
-            f"none of the selected weights ({', '.join(layers)}) belongs to a plain nn.Linear or nn.Conv2d; other layer "
-            "types cannot be converted"
+            f"none of the selected weights ({', '.join(layers)}) belongs to a plain nn.Linear or nn.Conv2d; "
+            "other layer types cannot be converted"
         )
     return model
 
@@ -109,8 +109,9 @@ def get_resu_modules(model: nn.Module) -> dict[str, RESUModule]:
 def resurrection_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What an optimizer has to train in the present modes, each tensor once.
 
-    RESU: ``weight`` (θ lives in it; active weights are held). QRESU: ``theta``. Layers that update θ themselves
-    (QRESU_SELECTIVE, and RESU with ``use_selective``, which waits for ``resu_step``) and layers without θ add nothing.
+    RESU: ``weight`` (θ lives in it; active weights are held). QRESU: ``theta``. Layers that update θ
+    themselves (QRESU_SELECTIVE, and RESU with ``use_selective``, which waits for ``resu_step``) and layers
+    without θ add nothing.
     """
     found: dict[int, nn.Parameter] = {}
     for layer in get_resu_modules(model).values():

@@ -25,8 +25,8 @@ class RESULinear(RESUModule, nn.Linear):
         bias: Whether there is a bias.
         device: Where to.
         dtype: Of weight and bias.
-        sparse_threshold: Sparsity from which inference in SPARSE mode may use torch's CSR product: a number, or
-            ``"auto"`` for where it was measured to pay. Results are the same.
+        sparse_threshold: Sparsity from which inference in SPARSE mode may use torch's CSR product: a number,
+            or ``"auto"`` for where it was measured to pay. Results are the same.
 
     Example:
         >>> layer = RESULinear(8, 4)
@@ -58,7 +58,8 @@ class RESULinear(RESUModule, nn.Linear):
 
         Args:
             input: ``[…, in]``.
-            use_sparse: Whether inference in SPARSE mode may use a packed product. Never changes results beyond rounding.
+            use_sparse: Whether inference in SPARSE mode may use a packed product. Never changes results
+                beyond rounding.
 
         Returns:
             ``[…, out]``.
@@ -85,7 +86,8 @@ class RESULinear(RESUModule, nn.Linear):
     def _norms_like_weight(self, norms: Tensor) -> Tensor:
         if norms.shape != (self.in_features,):
             raise ValueError(
-                f"activation_norms has shape {tuple(norms.shape)}, expected one norm per input ({self.in_features},)"
+                f"activation_norms has shape {tuple(norms.shape)}, expected one norm per input "
+                f"({self.in_features},)"
             )
         return norms
 

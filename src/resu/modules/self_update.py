@@ -12,21 +12,23 @@ from resu.core.resurrection import gather_theta, scatter_theta_
 from resu.core.selective import selective_update_
 
 if TYPE_CHECKING:
-    from resu.modules.base import RESUModule
+    from resu.modules.held import HeldWeight
 
 __all__ = ["attach", "resu_step", "update_"]
 
 
-def update_(layer: RESUModule, theta: Tensor, grad: Tensor) -> dict[str, float]:
+def update_(layer: HeldWeight, theta: Tensor, grad: Tensor) -> dict[str, float]:
     """Update ``theta`` in place by the layer's settings; returns and keeps the statistics."""
     settings = layer.settings
     n = theta.numel()
     finite = bool(torch.isfinite(grad.sum())) or bool(torch.isfinite(grad).all())
     stats = {"mean_consistency": 0.0, "selection_ratio": 0.0, "n_selected": 0.0}
     if finite and settings.use_selective:
-        assert layer.theta_m is not None and layer.theta_v is not None
+        assert layer.theta_m is not None
+        assert layer.theta_v is not None
         done = selective_update_(
-            theta, grad, layer.theta_m, layer.theta_v, settings.selective_config, settings.lr, settings.weight_decay
+            theta, grad, layer.theta_m, layer.theta_v,
+            settings.selective_config, settings.lr, settings.weight_decay,
         )  # fmt: skip
         stats = {
             "mean_consistency": done.mean_consistency,
@@ -41,15 +43,15 @@ def update_(layer: RESUModule, theta: Tensor, grad: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def resu_step(layer: RESUModule, grad_matrix: Tensor | None) -> dict[str, float]:
+def resu_step(layer: HeldWeight, grad_matrix: Tensor | None) -> dict[str, float]:
     """See ``RESUModule.resu_step``."""
     weight, mask = layer.weight, layer.mask
     assert mask is not None
     grad = weight.grad if grad_matrix is None else grad_matrix
     if grad is None:
         raise ValueError(
-            "there is no gradient: call loss.backward() before resu_step(), or pass grad_matrix (it has been used up "
-            "if resu_step() was called already)"
+            "there is no gradient: call loss.backward() before resu_step(), or pass grad_matrix (it has been "
+            "used up if resu_step() was called already)"
         )
     if grad.shape != weight.shape:
         raise ValueError(f"grad_matrix has shape {tuple(grad.shape)}, the weight has {tuple(weight.shape)}")
@@ -61,7 +63,7 @@ def resu_step(layer: RESUModule, grad_matrix: Tensor | None) -> dict[str, float]
     return stats
 
 
-def attach(layer: RESUModule) -> Any:
+def attach(layer: HeldWeight) -> Any:
     """Have the layer update θ whenever a gradient has been accumulated; returns the hook's handle."""
     reference = weakref.ref(layer)
 

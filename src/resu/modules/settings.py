@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ __all__ = ["FrozenWeightError", "ModeError", "RESUMode", "Settings"]
 class RESUMode(enum.Enum):
     """What a layer holds, and what of it trains.
 
-    ``DENSE``: a plain layer. ``SPARSE``: pruned positions are 0 and stay 0. ``RESU``: active weights are frozen, θ at
-    pruned positions trains inside ``weight``. ``QRESU``: active weights are 4- or 8-bit codes, θ is a parameter of
-    its own, there is no dense weight. ``QRESU_SELECTIVE``: the same, and the layer updates θ itself.
+    ``DENSE``: a plain layer. ``SPARSE``: pruned positions are 0 and stay 0. ``RESU``: active weights are
+    frozen, θ at pruned positions trains inside ``weight``. ``QRESU``: active weights are 4- or 8-bit codes, θ
+    is a parameter of its own, there is no dense weight. ``QRESU_SELECTIVE``: the same, and the layer updates
+    θ itself.
     """
 
     DENSE = "dense"
@@ -85,7 +86,7 @@ class Settings:
     use_selective: bool = False
     lr: float = 1e-4
     weight_decay: float = 0.0
-    selective_config: SelectionConfig = SelectionConfig()
+    selective_config: SelectionConfig = field(default_factory=SelectionConfig)
     theta_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:

@@ -17,12 +17,12 @@ from resu.core.mask import SparseMask
 from resu.core.resurrection import positions, row_offsets
 
 if TYPE_CHECKING:
-    from resu.modules.base import RESUModule
+    from resu.modules.held import HeldWeight
 
 __all__ = ["AUTO_THRESHOLD", "SparseProduct", "check_threshold", "sparse_linear"]
 
-# "auto": from here on CSR was faster than the dense product at every batch size tried (benchmarks), for layers of at
-# least this many weights.
+# "auto": from here on CSR was faster than the dense product at every batch size tried (benchmarks), for
+# layers of at least this many weights.
 AUTO_THRESHOLD = 0.95
 AUTO_NUMEL = 1 << 18
 AUTO_BATCH = 128
@@ -78,7 +78,7 @@ class SparseProduct:
         return sum(part.nbytes for part in parts)
 
 
-def _applies(layer: RESUModule, x: Tensor, weight: Tensor, mask: SparseMask) -> bool:
+def _applies(layer: HeldWeight, x: Tensor, weight: Tensor, mask: SparseMask) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.dtype != weight.dtype:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -93,7 +93,7 @@ def _applies(layer: RESUModule, x: Tensor, weight: Tensor, mask: SparseMask) -> 
     return mask.sparsity >= float(layer.sparse_threshold)
 
 
-def sparse_linear(layer: RESUModule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def sparse_linear(layer: HeldWeight, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``F.linear(x, weight, bias)`` through CSR, or None where the dense product is to be used."""
     mask = layer.mask
     if mask is None or torch.compiler.is_compiling() or not _applies(layer, x, weight, mask):

@@ -11,7 +11,7 @@ from resu.core.mask import SparseMask
 from resu.modules.settings import RESUMode, Settings
 
 if TYPE_CHECKING:
-    from resu.modules.base import RESUModule
+    from resu.modules.held import HeldWeight
 
 __all__ = ["SETTINGS", "finish", "prepare"]
 
@@ -25,7 +25,7 @@ def _needed(settings: Settings) -> list[str]:
     return names + (["theta_m", "theta_v"] if settings.use_selective else [])
 
 
-def _problem(layer: RESUModule, settings: Settings, given: dict[str, Any]) -> str | None:
+def _problem(layer: HeldWeight, settings: Settings, given: dict[str, Any]) -> str | None:
     """What is wrong with the tensors of one layer, or None."""
     needed = _needed(settings)
     absent = [name for name in needed if not isinstance(given.get(name), Tensor)]
@@ -51,8 +51,8 @@ def _problem(layer: RESUModule, settings: Settings, given: dict[str, Any]) -> st
     for name in needed[1:]:
         if tuple(given[name].shape) != expected[name]:
             return (
-                f"{name} has shape {tuple(given[name].shape)}, expected {expected[name]} for a weight of shape "
-                f"{tuple(shape)} with {mask.n_active} active positions"
+                f"{name} has shape {tuple(given[name].shape)}, expected {expected[name]} for a weight of "
+                f"shape {tuple(shape)} with {mask.n_active} active positions"
             )
     if settings.mode.quantized and given["codes"].dtype != torch.uint8:
         return f"codes have dtype {given['codes'].dtype}, expected torch.uint8"
@@ -63,16 +63,14 @@ def _problem(layer: RESUModule, settings: Settings, given: dict[str, Any]) -> st
 
 
 def prepare(
-    layer: RESUModule, state_dict: dict[str, Any], prefix: str, errors: list[str]
+    layer: HeldWeight, state_dict: dict[str, Any], prefix: str, errors: list[str]
 ) -> dict[str, Any] | None:
     """Bring ``layer`` into the mode of ``state_dict``, ready to receive its tensors.
 
     Returns:
-        The entries for ``nn.Module`` to load, or None if there were errors (appended to ``errors``; the layer is then
-        unchanged).
+        The entries for ``nn.Module`` to load, or None if there were errors (appended to ``errors``; the layer
+        is then unchanged).
     """
-    if layer._shared_with and layer.mode is RESUMode.DENSE:
-        pass
     given = {
         key[len(prefix) :]: value
         for key, value in state_dict.items()
@@ -120,7 +118,7 @@ def prepare(
     return rest
 
 
-def _to_dense(layer: RESUModule) -> None:
+def _to_dense(layer: HeldWeight) -> None:
     if layer.mode.quantized:
         layer._release_theta()
         layer._take_up_weight(_blank(layer))
@@ -129,12 +127,12 @@ def _to_dense(layer: RESUModule) -> None:
     layer._become_dense()
 
 
-def _blank(layer: RESUModule) -> Tensor:
+def _blank(layer: HeldWeight) -> Tensor:
     waiting = layer._waiting[0]
     return torch.empty(layer.weight_shape, dtype=waiting.dtype, device=waiting.device)
 
 
-def _enter(layer: RESUModule, settings: Settings, given: dict[str, Any]) -> None:
+def _enter(layer: HeldWeight, settings: Settings, given: dict[str, Any]) -> None:
     """Allocate what the mode holds; tensors that exist already with the right shape stay the same objects."""
     device = (layer._waiting[0] if layer._waiting else layer.weight).device
     bits = given["bitmask"].detach().to(device, copy=True)
@@ -162,7 +160,7 @@ def _enter(layer: RESUModule, settings: Settings, given: dict[str, Any]) -> None
         layer._make_averages(torch.empty(mask.n_pruned, dtype=settings.theta_dtype, device=device))
 
 
-def finish(layer: RESUModule) -> None:
+def finish(layer: HeldWeight) -> None:
     """After the tensors have arrived: make what is derived from them."""
     if layer._constraint is not None:
         layer._constraint.remove()
