@@ -158,7 +158,8 @@ def active_checksum(weight: Tensor, mask: SparseMask) -> tuple[int, int]:
 
 
 def row_offsets(mask: SparseMask) -> Tensor:
-    """Active positions before each row, int64 ``[rows + 1]`` on the CPU (the last one is the total)."""
+    """Active positions before each row, ``[rows + 1]`` on the CPU (the last one is the total); int32 where it
+    fits."""
     rows, columns = _as_rows(mask)
     counts = torch.zeros(rows + 1, dtype=torch.int64)
     step = max(1, CHUNK // max(columns, 1))
@@ -166,7 +167,8 @@ def row_offsets(mask: SparseMask) -> Tensor:
         r1 = min(r0 + step, rows)
         bits = unpack_bits(mask.packed[r0:r1], (r1 - r0, columns))
         counts[r0 + 1 : r1 + 1] = bits.view(torch.uint8).sum(dim=1, dtype=torch.int64).cpu()
-    return counts.cumsum(0)
+    sums = counts.cumsum(0)
+    return sums if mask.n_active > torch.iinfo(torch.int32).max else sums.to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class PackedRows:
         bitmask: Mask bits, uint8 ``[rows, ceil(columns / 8)]``.
         scale: ``[rows]`` or ``[1]``; ``zero`` likewise.
         zero: Real zero point.
-        offsets: Active positions before each row, int64 ``[rows + 1]``, on the CPU.
+        offsets: Active positions before each row, ``[rows + 1]``, on the CPU.
         columns: Columns per row.
         bits: 4 or 8.
     """

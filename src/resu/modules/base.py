@@ -296,8 +296,8 @@ class RESUModule(HeldWeight):
             raise FrozenWeightError(
                 "active weights have changed since enter_resu_mode() although they were frozen: they were "
                 "written directly, or by an optimizer that is not a torch.optim.Optimizer. Train through a "
-                "torch.optim.Optimizer (subclass it), or call resu_step(); exit_resu_mode(verify=False) accepts "
-                "the changed values"
+                "torch.optim.Optimizer (subclass it), or call resu_step(); exit_resu_mode(verify=False) "
+                "accepts the changed values"
             )
         weight.requires_grad_(self._waiting_trains)
         weight.grad = None

@@ -49,6 +49,10 @@ class ActivationCapture:
     def _activation_norms(self) -> Tensor | None:
         return self.activation_norms
 
+    def reset_activations(self) -> None:
+        """Forget what was accumulated."""
+        self._square_sums = None
+
     def _add_squares(self, sums: Tensor) -> None:
         old = self._square_sums
         self._square_sums = sums if old is None else old.to(sums.device) + sums
