@@ -48,15 +48,21 @@ def _task(name: str, quick: bool) -> Task:
 
 def _work(
     name: str, quick: bool, regime: Regime, job: Job | int, directory: str | None, cache: Path, threads: int
-) -> Row | None:
-    """In a worker: one run, or (a bare seed) the trained dense network that the runs of a seed start from."""
+) -> Row | str:
+    """In a worker: one run, or (a bare seed) the trained dense network that the runs of a seed start from.
+
+    A run that fails is a line of text, so that the others go on.
+    """
     torch.set_num_threads(threads)
     task = _task(name, quick)
     data = _dataset(task, directory)
     if isinstance(job, int):
         dense_start(task, job, data, cache)
-        return None
-    return run(task, *job, regime, data=data, cache=cache)
+        return f"dense network of seed {job} ready"
+    try:
+        return run(task, *job, regime, data=data, cache=cache)
+    except Exception as error:
+        return f"FAILED {' '.join(map(str, job))}: {type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -81,7 +87,7 @@ def _progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def _results(pool: ProcessPoolExecutor | None, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Row | None]:
+def _results(pool: ProcessPoolExecutor | None, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Row | str]:
     """Results as they come, from this process or from workers."""
     if pool is None:
         yield from itertools.starmap(_work, arguments)
@@ -114,12 +120,16 @@ def _run_all(options: argparse.Namespace) -> int:
     starts = sorted({seed for _, _, seed in todo}) if options.regime == "finetune" else []
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(options.jobs, mp_context=context) if options.jobs > 1 else None
+    failures = 0
     try:
         with _progress(len(starts) + len(todo), f"{options.task} {options.regime}") as advance:
-            for _ in _results(pool, [(*first, seed, *shared) for seed in starts]):
-                advance("dense network ready")
+            for text in _results(pool, [(*first, seed, *shared) for seed in starts]):
+                advance(str(text))
             for row in _results(pool, [(*first, job, *shared) for job in todo]):
-                assert row is not None
+                if isinstance(row, str):
+                    failures += 1
+                    advance(row)
+                    continue
                 append_row(csv, row)
                 advance(
                     f"{row.method:<18} {row.sparsity:<5g} seed {row.seed}  {row.metric} {row.test:.3f}"
@@ -129,7 +139,7 @@ def _run_all(options: argparse.Namespace) -> int:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
     print(csv)
-    return 0
+    return 1 if failures else 0
 
 
 def _parser() -> argparse.ArgumentParser:

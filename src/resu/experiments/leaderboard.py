@@ -40,12 +40,16 @@ def append_row(path: str | Path, row: Row) -> None:
             text = _line(COLUMNS) + text
         else:
             with open(path, encoding="utf-8", newline="") as existing:
-                _check_columns(next(csv.reader(existing)), path)
+                _check_columns(_fields(existing.readline()), path)
             if os.pread(file, 1, size - 1) != b"\n":  # the last writer was cut off: leave its line behind
                 text = "\n" + text
         os.write(file, text.encode())
     finally:
         os.close(file)
+
+
+def _fields(line: str) -> list[str]:
+    return next(csv.reader([line]), [])
 
 
 def _check_columns(found: Sequence[str], path: Path) -> None:
@@ -65,13 +69,14 @@ def read_rows(path: str | Path) -> list[Row]:
     types = typing.get_type_hints(Row)
     rows = []
     with open(path, encoding="utf-8", newline="") as file:
-        lines = csv.reader(file)
-        _check_columns(next(lines, ()), path)
-        for values in lines:
-            if len(values) != len(COLUMNS) or not values[-1]:
-                continue
-            fields = {name: _value(types[name], text) for name, text in zip(COLUMNS, values, strict=True)}
-            rows.append(Row(**fields))
+        lines = file.read().split("\n")
+    _check_columns(_fields(lines[0]), path)
+    # Line by line: a quote that a cut-off line left open must not swallow the next one.
+    for values in map(_fields, lines[1:-1]):
+        if len(values) != len(COLUMNS) or not values[-1]:
+            continue
+        fields = {name: _value(types[name], text) for name, text in zip(COLUMNS, values, strict=True)}
+        rows.append(Row(**fields))
     return rows
 
 

@@ -23,13 +23,22 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def held_bytes(model: nn.Module, optimizer: Optimizer, driver: Any = None) -> int:
-    """Parameters, buffers, gradients, optimizer state, and what a driver keeps (masks and θ)."""
+    """Parameters, buffers, gradients, optimizer state, and what a driver keeps (masks and θ).
+
+    Args:
+        model: The network.
+        optimizer: Its optimizer.
+        driver: A ``Sparsifier`` or ``RESUTrainer``, if there is one.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     tensors += _tensors(list(optimizer.state.values()))
+    masks = 0  # resurrection layers hold theirs as buffers, a Sparsifier beside the model
+    if hasattr(driver, "masks"):
+        masks = sum(mask.nbytes for mask in driver.masks.values())
+        tensors += _tensors(getattr(driver, "_theta", {}))
+    theta_optimizer = getattr(getattr(driver, "_cycle", None), "theta_optimizer", None)
+    if theta_optimizer is not None:
+        tensors += _tensors(list(theta_optimizer.state.values()))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    extra = 0
-    if driver is not None:
-        state = driver.state_dict()
-        extra = sum(t.nbytes for t in _tensors([state.get("masks", {}), state.get("theta", {})]))
-    return sum(storages.values()) + extra
+    return sum(storages.values()) + masks

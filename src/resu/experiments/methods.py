@@ -94,12 +94,12 @@ def gradual(plan: Plan) -> Setting:
     return _sparsifier("magnitude", plan, begin_step=plan.at(begin), end_step=plan.at(end), interval=interval)
 
 
-def _dormant(plan: Plan, gamma: float, interval: int, **more: Any) -> Setting:
+def _dormant(plan: Plan, gamma: float, interval: int) -> Setting:
     """One shot in fine-tuning, a cubic ramp over the first half from scratch; the last 30 % is masked."""
     ramp: dict[str, Any] = {"initial_sparsity": None, "end_step": plan.at(0.7)}
     if plan.regime == "scratch":
         ramp |= {"initial_sparsity": 0.0, "ramp_end_step": plan.at(0.5)}
-    return _sparsifier("resu", plan, **(ramp | {"interval": interval, "gamma": gamma} | more))
+    return _sparsifier("resu", plan, **(ramp | {"interval": interval, "gamma": gamma}))
 
 
 @methods.register("resu")
@@ -122,8 +122,8 @@ _add_dormant("dormant-2", 2.0, 1)
 
 @methods.register("straight-through")
 def straight_through(plan: Plan) -> Setting:
-    """The gradient of the masked forward updates every weight; the mask is taken anew at each step."""
-    return _dormant(plan, gamma=1.0, interval=1, end_step=None)
+    """Masked forward, dense update, a new mask at each step; at the final sparsity from the first step to the last."""
+    return _sparsifier("resu", plan, initial_sparsity=None, interval=1, gamma=1.0, fresh_state=False)
 
 
 def _cycles(plan: Plan, tail: float = 0.0, **fields: Any) -> Setting:

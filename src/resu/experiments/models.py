@@ -161,7 +161,7 @@ def load_resnet(path: str | Path) -> ResNet:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             state = {name: torch.from_numpy(file[name].copy()) for name in file.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path} as npz: {error}") from error

@@ -154,7 +154,10 @@ def train(
     batches = data.batches(batch_seed, task.batch_size, plan.steps)
     model.train()
     if setting.driver == "cycles":
-        return run_cycles(task, setting, plan, model, optimizer, batches, seed, on_step)
+        masks, held = run_cycles(task, setting, plan, model, optimizer, batches, seed, on_step)
+        first = plan.steps - setting.tail  # the layers keep their masks through what is left
+        plain = plain_steps(task, plan, model, optimizer, batches, first=first, on_step=on_step)
+        return model, masks, max(held, plain)
     sparsifier = None
     if setting.driver == "sparsifier":
         from resu.training import Sparsifier

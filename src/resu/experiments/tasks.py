@@ -125,7 +125,7 @@ _add(
         *("conv", "fashion-mnist", lambda data: SmallConv(1, data.classes)),
         *(3000, 1000, 64),
         lr=2e-3,
-        finetune_lr=1e-3,
+        finetune_lr=2e-3,
     )
 )
 _add(

@@ -84,7 +84,7 @@ def read_cifar_jpeg(path: str | Path) -> Split:
             f"{path} holds JPEG images and Pillow is not installed: pip install 'resu-torch[data]'"
         ) from error
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             header, body = file["header"].tobytes(), file["body"].tobytes()
             offsets, labels = file["offsets"].astype(np.int64), file["labels"].astype(np.int64)
     except KeyError as error:
