@@ -1,0 +1,346 @@
+"""The driver: masks hold under any optimizer, the topology moves when it should, resume is exact."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resu.core.mask import SparseMask
+from resu.training import RESU, Magnitude, Sparsifier, Static
+from tests.training.helpers import batches, convnet, fit, loss_of, mlp
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+RULES = {
+    "static": Static(sparsity=0.9),
+    "static-late": Static(sparsity=0.8, init="magnitude", begin_step=7),
+    "magnitude": Magnitude(sparsity=0.9, begin_step=3, end_step=25, interval=4),
+    "resu-ramp": RESU(sparsity=0.9, end_step=30, ramp_end_step=15, interval=4),
+    "resu-one-shot": RESU(sparsity=0.9, end_step=30, initial_sparsity=None, interval=1, gamma=1.5, fresh_state=False),
+}
+
+
+def zeros_are_exact(model: nn.Module, sparsifier: Sparsifier) -> None:
+    for name, mask in sparsifier.masks.items():
+        pruned = model.get_parameter(name).detach()[~mask.mask]
+        assert torch.equal(pruned, torch.zeros_like(pruned))
+        assert not torch.signbit(pruned).any()  # trap 8: +0.0, not -0.0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_zeros_stay_exact_under_every_optimizer(rule: str, optimizer: str) -> None:
+    model = mlp()
+    sgd = OPTIMIZERS[optimizer](model.parameters())
+    data = batches(60)
+    fit(model, sgd, data, 0, 10)  # trap 14: momentum from before the driver
+    sparsifier = Sparsifier(model, sgd, RULES[rule], distribution="global")
+    fit(model, sgd, data, 10)
+    zeros_are_exact(model, sparsifier)
+    total = sum(m.numel for m in sparsifier.masks.values())
+    pruned = sum(m.n_pruned for m in sparsifier.masks.values())
+    assert pruned == int(total * RULES[rule].sparsity)
+
+
+@pytest.mark.parametrize("distribution", ["erk", "er", "uniform", "global", {"0": 0.9, "2": 0.5}])
+def test_counts_follow_the_distribution(distribution: object) -> None:
+    model = mlp()
+    sparsifier = Sparsifier(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), Static(sparsity=0.8), distribution=distribution  # type: ignore[arg-type]
+    )
+    masks = sparsifier.masks
+    if isinstance(distribution, dict):
+        assert masks["0.weight"].n_pruned == 720
+        assert masks["2.weight"].n_pruned == 100
+    else:
+        assert sum(m.n_pruned for m in masks.values()) == 800
+    zeros_are_exact(model, sparsifier)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 13, 26, 33])
+@pytest.mark.parametrize("rule", RULES)
+def test_resume_equals_uninterrupted(rule: str, cut: int) -> None:
+    data = batches(45)
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = mlp()
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+    model, optimizer = build()
+    Sparsifier(model, optimizer, RULES[rule])
+    fit(model, optimizer, data)
+
+    first, first_optimizer = build()
+    sparsifier = Sparsifier(first, first_optimizer, RULES[rule])
+    fit(first, first_optimizer, data, 0, cut)
+    file = io.BytesIO()
+    torch.save([first.state_dict(), first_optimizer.state_dict(), sparsifier.state_dict()], file)
+
+    for order in ("model before driver", "model after driver", "model last"):
+        file.seek(0)
+        weights, state, masks = torch.load(file, weights_only=True)
+        second, second_optimizer = build()
+        if order == "model before driver":
+            second.load_state_dict(weights)
+        resumed = Sparsifier(second, second_optimizer, RULES[rule])
+        if order == "model after driver":
+            second.load_state_dict(weights)
+        resumed.load_state_dict(masks)
+        second_optimizer.load_state_dict(state)
+        if order == "model last":
+            second.load_state_dict(weights)
+        fit(second, second_optimizer, data, cut)
+        for a, b in zip(model.parameters(), second.parameters(), strict=True):
+            assert torch.equal(a, b), order
+
+
+def test_trap19_gradual_pruning_ends_exactly_and_only_removes() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    rule = Magnitude(sparsity=0.9, begin_step=0, end_step=23, interval=5)
+    sparsifier = Sparsifier(model, optimizer, rule, distribution="global")
+    data, before, seen = batches(40), sparsifier.masks, []
+    for i in range(40):
+        fit(model, optimizer, data, i, i + 1)
+        for name, mask in sparsifier.masks.items():
+            assert not (mask.mask & ~before[name].mask).any()  # nothing comes back
+        before = sparsifier.masks
+        seen.append(sum(m.n_pruned for m in before.values()))
+    expected = [int(1000 * rule.target(5 * (t // 5)) + 1e-9) if t < 23 else 900 for t in range(1, 41)]
+    assert seen == expected
+
+
+def test_magnitude_is_the_exact_global_top_k() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.mul_(1.5)  # type: ignore[operator,union-attr]
+    flat = torch.cat([model[0].weight.flatten(), model[2].weight.flatten()]).detach().abs()  # type: ignore[union-attr]
+    kept = torch.zeros(1000, dtype=torch.bool)
+    kept[flat.sort(descending=True, stable=True).indices[:100]] = True
+    sparsifier = Sparsifier(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), Magnitude(sparsity=0.9), distribution="global"
+    )
+    got = torch.cat([m.mask.flatten() for m in sparsifier.masks.values()])
+    assert torch.equal(got, kept)
+
+
+def reference_dormant(
+    weights: list[Tensor], gradients: list[list[Tensor]], keep: int, gamma: float, interval: int, end: int, lr: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Dormant resurrection with plain gradient steps, restated with flat float64 vectors."""
+    sizes = [w.numel() for w in weights]
+    w = torch.cat([x.flatten() for x in weights]).double()
+    theta, mask = torch.zeros_like(w), torch.ones_like(w, dtype=torch.bool)
+
+    def tournament() -> None:
+        nonlocal w, theta, mask
+        value = torch.where(mask, w, theta)
+        order = value.abs().sort(descending=True, stable=True).indices
+        mask = torch.zeros_like(mask)
+        mask[order[:keep]] = True
+        w, theta = torch.where(mask, value, 0.0), torch.where(mask, 0.0, value)
+
+    tournament()
+    for step, gradient in enumerate(gradients, start=1):
+        g = torch.cat([x.flatten() for x in gradient]).double()
+        w = torch.where(mask, w - lr * g, 0.0)
+        if step <= end:
+            theta = torch.where(mask, 0.0, theta - gamma * lr * g)
+        if step <= end and (step % interval == 0 or step == end):
+            tournament()
+    parts = list(zip(w.split(sizes), mask.split(sizes), weights, strict=True))
+    return [x.view(y.shape) for x, _, y in parts], [m.view(y.shape) for _, m, y in parts]
+
+
+@pytest.mark.parametrize("gamma", [0.3, 1.0, 2.0])
+def test_dormant_resurrection_elementwise(gamma: float) -> None:
+    model = mlp().double()
+    with torch.no_grad():
+        model[2].weight.mul_(1.5)  # type: ignore[operator,union-attr]  # so that no layer runs empty
+    weights = [model[0].weight, model[2].weight]
+    start = [w.detach().clone() for w in weights]  # type: ignore[union-attr,operator]
+    optimizer = torch.optim.SGD(weights, lr=0.5)  # type: ignore[arg-type]
+    rule = RESU(sparsity=0.8, initial_sparsity=None, interval=3, end_step=20, gamma=gamma)
+    sparsifier = Sparsifier(model, optimizer, rule, distribution="global")
+    gradients: list[list[Tensor]] = []
+    for x, y in batches(30):
+        effective = [w.detach() * m.mask for w, m in zip(weights, sparsifier.masks.values(), strict=True)]  # type: ignore[union-attr,operator]
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for w, e in zip([twin[0].weight, twin[2].weight], effective, strict=True):
+                w.copy_(e)  # type: ignore[union-attr,operator]
+        loss = nn.functional.cross_entropy(twin(x.double()), y)
+        gradients.append(list(torch.autograd.grad(loss, [twin[0].weight, twin[2].weight])))  # type: ignore[list-item]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+    expected, masks = reference_dormant(start, gradients, 200, gamma, 3, 20, 0.5)
+    for w, e, m, mask in zip(weights, expected, masks, sparsifier.masks.values(), strict=True):
+        assert torch.equal(m, mask.mask)
+        torch.testing.assert_close(w.detach(), e, rtol=0, atol=1e-12)  # type: ignore[union-attr,operator]
+    zeros_are_exact(model, sparsifier)
+
+
+def test_trap15_state_of_changed_positions_is_zero() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True)
+    sparsifier = Sparsifier(model, optimizer, Magnitude(sparsity=0.9, begin_step=10), distribution="uniform")
+    fit(model, optimizer, batches(10))
+    for name, mask in sparsifier.masks.items():
+        state = optimizer.state[model.get_parameter(name)]
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert (state[key][~mask.mask] == 0).all()
+            assert (state[key][mask.mask] != 0).any()
+
+
+def test_trap21_a_skipped_amp_step_moves_nothing() -> None:
+    for fused in (False, True):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        rule = RESU(sparsity=0.8, interval=1, initial_sparsity=None)
+        sparsifier = Sparsifier(model, optimizer, rule, distribution="global")
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for i, batch in enumerate(batches(6)):
+            masks, weights = sparsifier.masks, [p.detach().clone() for p in model.parameters()]
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, batch)).backward()
+            if i == 3:
+                model[0].weight.grad[0, 0] = torch.inf  # type: ignore[union-attr,index]
+            scaler.step(optimizer)
+            scaler.update()
+            if i == 3:
+                assert sparsifier.step == 3
+                assert sparsifier.masks == masks
+                assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+        assert sparsifier.step == 5
+        zeros_are_exact(model, sparsifier)
+
+
+def test_trap20_closures_and_schedulers_work() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    sparsifier = Sparsifier(model, optimizer, RESU(sparsity=0.8, interval=2, initial_sparsity=None))
+    for batch in batches(9):
+
+        def closure(batch: tuple[Tensor, Tensor] = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        scheduler.step()
+    assert sparsifier.step == 9
+    zeros_are_exact(model, sparsifier)
+
+
+def test_trap23_micro_batches_are_not_steps() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    sparsifier = Sparsifier(model, optimizer, Magnitude(sparsity=0.5, begin_step=2))
+    for i, batch in enumerate(batches(8)):
+        loss_of(model, batch).backward()
+        if i % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sparsifier.step == 2
+
+
+def test_trap28_masks_hold_for_the_next_optimizer_until_commit() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    sparsifier = Sparsifier(model, optimizer, Magnitude(sparsity=0.7, begin_step=5))
+    fit(model, optimizer, batches(10))
+    fit(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), batches(5))
+    zeros_are_exact(model, sparsifier)
+    masks = sparsifier.commit()
+    fit(model, torch.optim.SGD(model.parameters(), lr=0.1), batches(5))
+    assert any((model.get_parameter(n)[~m.mask] != 0).any() for n, m in masks.items())
+
+
+@pytest.mark.parametrize("pattern", ["row", "2:4", "block:4x1", "channel:1"])
+@pytest.mark.parametrize("rule", [Static, RESU])
+def test_every_pattern_is_kept(pattern: str, rule: type) -> None:
+    model = convnet()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    sparsifier = Sparsifier(
+        model, optimizer, rule(sparsity=0.5, interval=3), pattern=pattern, distribution="uniform", exclude="0"
+    )
+    fit(model, optimizer, batches(12, image=True))
+    for mask in sparsifier.masks.values():
+        assert sparsifier.pattern.violations(mask.mask) == 0
+        assert 0.3 <= mask.sparsity <= 0.7  # edges: 2:4 of six channels keeps four, a fifth row is half a block
+    zeros_are_exact(model, sparsifier)
+
+
+def test_wrappers_are_looked_through() -> None:
+    model = mlp()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparsifier = Sparsifier(compiled, optimizer, RESU(sparsity=0.9, interval=2, end_step=6))  # type: ignore[arg-type]
+    assert list(sparsifier.masks) == ["0.weight", "2.weight"]
+    fit(compiled, optimizer, batches(8))  # type: ignore[arg-type]
+    plain = mlp()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    Sparsifier(plain, plain_optimizer, RESU(sparsity=0.9, interval=2, end_step=6))
+    fit(plain, plain_optimizer, batches(8))
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_report_measures_what_was_explored() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    sparsifier = Sparsifier(model, optimizer, RESU(sparsity=0.9, initial_sparsity=None, interval=1, gamma=2.0))
+    ever = {n: m.mask for n, m in sparsifier.masks.items()}
+    data = batches(20)
+    for i in range(20):
+        fit(model, optimizer, data, i, i + 1)
+        ever = {n: ever[n] | m.mask for n, m in sparsifier.masks.items()}
+    report = sparsifier.report()
+    for layer in report.layers:
+        assert layer.explored == ever[layer.name].double().mean().item()
+    assert report.explored > 0.1
+    assert "total" in str(report)
+    assert report.as_dict()["sparsity"] == pytest.approx(0.9)
+
+
+def test_tied_weights_get_one_mask() -> None:  # trap 10
+    model = mlp()
+    model.append(nn.Linear(5, 40, bias=False))
+    model.append(nn.Linear(40, 5, bias=False))
+    model[4].weight = model[2].weight  # type: ignore[union-attr,assignment]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, Static(sparsity=0.5))
+    assert list(sparsifier.masks) == ["0.weight", "2.weight", "3.weight"]
+
+
+def test_clear_errors() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="none of the 2 selected weights belongs to the optimizer"):
+        Sparsifier(mlp(), optimizer, Static(sparsity=0.5))
+    with pytest.raises(ValueError, match="matches no weight"):
+        Sparsifier(model, optimizer, Static(sparsity=0.5), exclude="head")
+    with pytest.raises(ValueError, match="2:4 has sparsity 0.5"):
+        Sparsifier(model, optimizer, Static(sparsity=0.9), pattern="2:4")
+    with pytest.raises(ValueError, match="unknown distribution 'erkk'; known: er, erk, global, uniform"):
+        Sparsifier(model, optimizer, Static(sparsity=0.5), distribution="erkk")
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        RESU(sparsity=1.0)
+    sparsifier = Sparsifier(model, optimizer, Static(sparsity=0.5))
+    with pytest.raises(ValueError, match="other settings"):
+        sparsifier.load_state_dict({**sparsifier.state_dict(), "settings": {}})
+    assert all(isinstance(m, SparseMask) for m in sparsifier.masks.values())
