@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from resu.experiments.plots import draw_accuracy, new_figure, to_png
 from resu.experiments.recipes import COLUMNS, Row
 
 __all__ = ["Cell", "Table", "append_row", "markdown", "plot", "read_rows", "tables"]
@@ -194,41 +195,28 @@ def markdown(table: Table, order: Sequence[str] = ()) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def plot(found: Sequence[Table], path: str | Path, order: Sequence[str] = ()) -> None:
-    """The metric against sparsity, one panel per table, with the spread over seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def plot(found: Sequence[Table], path: str | Path, order: Sequence[str] = (), leave_out: str = "static") -> None:
+    """The metric against sparsity, one panel per table: means over seeds, from the lowest to the highest.
 
+    ``leave_out`` is far below the others and would press them together; tables have it.
+    """
     columns = min(2, len(found))
     height = -(-len(found) // columns)
-    figure = Figure(figsize=(6.2 * columns, 4.2 * height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4 * columns, 4.6 * height)
     for i, table in enumerate(found):
-        axes = figure.add_subplot(height, columns, i + 1)
         names = [m for m in order if m in table.cells] + sorted(set(table.cells) - set(order))
-        places = {s: k for k, s in enumerate(table.sparsities)}
-        for k, name in enumerate(n for n in names if n != "dense"):
-            row = sorted(table.cells[name].items())
-            x, y = [places[s] for s, _ in row], [cell.mean for _, cell in row]
-            style = "-" if name in ("resu",) else "--"
-            axes.errorbar(
-                *(x, y, [cell.std for _, cell in row]),
-                label=name,
-                color=f"C{k % 10}",
-                linestyle=style,
-                marker="os^vDP*X"[k % 8],
-                markersize=4,
-                capsize=2,
-                linewidth=2.0 if style == "-" else 1.2,
-            )
-        if "dense" in table.cells:
-            axes.axhline(table.cells["dense"][0.0].mean, color="0.5", linewidth=1, label="dense")
-        axes.set_xticks(list(places.values()), [f"{s:g}" for s in places])
-        axes.set_xlabel("sparsity")
-        axes.set_ylabel("test accuracy (%)" if table.metric == "accuracy" else "test loss (nats)")
-        axes.set_title(f"{table.task}, {table.regime}, {table.steps} steps")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=7)
+        dense = table.cells.get("dense", {}).get(0.0)
+        draw_accuracy(
+            figure.add_subplot(height, columns, i + 1),
+            {
+                name: {sparsity: cell.values for sparsity, cell in table.cells[name].items()}
+                for name in names
+                if name not in ("dense", leave_out)
+            },
+            dense.values if dense is not None else (),
+            title=f"{table.task}, {table.regime}, {table.steps} steps",
+            y="test accuracy (%)" if table.metric == "accuracy" else "test loss (nats), lower is better",
+        )
     scratch = Path(path).with_suffix(".part.png")
-    figure.savefig(scratch, dpi=110)
+    scratch.write_bytes(to_png(figure, dpi=100))
     os.replace(scratch, path)

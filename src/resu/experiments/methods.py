@@ -122,7 +122,7 @@ _add_dormant("dormant-2", 2.0, 1)
 
 @methods.register("straight-through")
 def straight_through(plan: Plan) -> Setting:
-    """Masked forward, dense update, a new mask at each step; at the final sparsity from the first step to the last."""
+    """Masked forward, dense update, a new mask at each step; at the final sparsity from first to last."""
     return _sparsifier("resu", plan, initial_sparsity=None, interval=1, gamma=1.0, fresh_state=False)
 
 
