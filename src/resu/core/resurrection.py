@@ -150,7 +150,7 @@ def active_checksum(weight: Tensor, mask: SparseMask) -> tuple[int, int]:
     for r0 in range(0, rows, step):
         r1 = min(r0 + step, rows)
         bits = unpack_bits(mask.packed[r0:r1], (r1 - r0, columns)).view(torch.int8).neg_()
-        values = flat[r0:r1].to(torch.int64).bitwise_and_(bits).view(-1)
+        values = (flat[r0:r1].to(torch.int64) & bits).view(-1)
         plain += values.sum()
         place = torch.arange(r0 * columns, r1 * columns, device=weight.device)
         weighted += values.mul_(place.mul_(0x5851F42D4C957F2C).add_(1)).sum()  # even · place + 1 is odd
@@ -159,7 +159,8 @@ def active_checksum(weight: Tensor, mask: SparseMask) -> tuple[int, int]:
 
 def row_offsets(mask: SparseMask) -> Tensor:
     """Active positions before each row, ``[rows + 1]`` on the CPU (the last one is the total); int32 where it
-    fits."""
+    fits.
+    """
     rows, columns = _as_rows(mask)
     counts = torch.zeros(rows + 1, dtype=torch.int64)
     step = max(1, CHUNK // max(columns, 1))
