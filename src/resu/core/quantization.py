@@ -77,10 +77,11 @@ def quantize(w: Tensor, bits: int = 4, scheme: str = "per_channel", mask: Tensor
     if mask is not None:
         values = values.masked_fill(~mask, 0)
     check_finite(values, "the active weights")
-    rows = values.reshape(w.shape[0] if w.ndim > 1 and scheme == "per_channel" else 1, -1)
-    if rows.shape[1] == 0:
-        none = torch.zeros(rows.shape[0], dtype=dtype, device=w.device)
+    n = w.shape[0] if w.ndim > 1 and scheme == "per_channel" else 1
+    if w.numel() == 0:
+        none = torch.zeros(n, dtype=dtype, device=w.device)
         return Quantized(torch.zeros(w.shape, dtype=torch.uint8, device=w.device), none, none.clone())
+    rows = values.reshape(n, -1)
     if mask is None:
         low, high = rows.aminmax(dim=1)
     else:
@@ -90,9 +91,8 @@ def quantize(w: Tensor, bits: int = 4, scheme: str = "per_channel", mask: Tensor
         empty = low > high
         low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
     levels = 2**bits - 1
-    scale = (high.double() / levels - low.double() / levels).to(
-        dtype
-    )  # divided first: max - min may overflow
+    check_finite(high - low, "the range of the active weights")
+    scale = ((high.double() - low.double()) / levels).to(dtype)
     # A range too small for a step of its own is a constant row: code 0, scale |c|, zero -sign(c) gives c
     # exactly.
     flat = (scale == 0) | (low == high)
