@@ -71,9 +71,7 @@ def test_unknown_data_set_lists_the_known_ones():
 # -- IDX ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("code", "dtype"), [(8, "u1"), (9, "i1"), (11, ">i2"), (12, ">i4"), (13, ">f4"), (14, ">f8")]
-)
+@pytest.mark.parametrize(("code", "dtype"), [(8, "u1"), (9, "i1"), (11, ">i2"), (12, ">i4"), (13, ">f4"), (14, ">f8")])
 def test_idx_of_every_type_plain_and_gzipped(tmp_path, code, dtype):
     array = np.arange(24).reshape(2, 3, 4).astype(dtype)
     (tmp_path / "a").write_bytes(idx(array, code))
@@ -111,9 +109,7 @@ def test_broken_compression_and_missing_files(tmp_path, pixels):
         read_idx(tmp_path / "f.gz")
     with pytest.raises(DataError, match="cannot read"):
         read_idx(tmp_path / "absent")
-    with pytest.raises(
-        DataError, match=r"none of train-images-idx3-ubyte\.gz, train-images-idx3-ubyte is in"
-    ):
+    with pytest.raises(DataError, match=r"none of train-images-idx3-ubyte\.gz, train-images-idx3-ubyte is in"):
         load_fashion_mnist(tmp_path)
 
 
@@ -218,9 +214,7 @@ class Evil:
         return os.system, ("touch /tmp/resu-was-here",)
 
 
-@pytest.mark.parametrize(
-    "value", [Evil(), [Evil()], {"a": Evil()}, np.array([Evil()]), np.dtype("O"), {1, 2}]
-)
+@pytest.mark.parametrize("value", [Evil(), [Evil()], {"a": Evil()}, np.array([Evil()]), np.dtype("O"), {1, 2}])
 def test_a_pickle_that_wants_to_run_something_is_refused(value):
     with pytest.raises(DataError):
         parse_pickle(pickle.dumps(value, 2))
@@ -391,11 +385,9 @@ def test_real_fashion_mnist(data_folder):
     assert abs(float(x.std()) - 1) < 0.02
 
 
-def test_real_packed_cifar10_test_part(data_folder):
-    pytest.importorskip("PIL")
-    split = read_cifar_jpeg(data_folder("cifar10") / "cifar10_test_jpeg.npz")
-    assert split.x.shape == (10_000, 3, 32, 32)
-    assert torch.bincount(split.y).tolist() == [1000] * 10
+def test_real_packed_cifar10_test_part(cifar_test):
+    assert cifar_test.x.shape == (10_000, 3, 32, 32)
+    assert torch.bincount(cifar_test.y).tolist() == [1000] * 10
 
 
 def test_real_tinyshakespeare(data_folder):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from resu.experiments.data import Images, Split
 from resu.experiments.models import CharGPT, LeNet5, ResNet, SmallConv, load_resnet, mlp
 
 
@@ -36,16 +37,11 @@ def test_impossible_sizes(make):
         make()
 
 
-def test_trained_resnet_classifies(data_folder):
-    pytest.importorskip("PIL")
-    from resu.experiments.data import Split, read_cifar_jpeg
-    from resu.experiments.data.dataset import Images
-
+def test_trained_resnet_classifies(data_folder, cifar_test):
     model = load_resnet(data_folder("model_resnet_cifar10") / "resnet20.npz")
-    split = read_cifar_jpeg(data_folder("cifar10") / "cifar10_test_jpeg.npz")
     some = torch.arange(0, 10_000, 25)
     data = Images(
-        *("cifar10", *[Split(split.x[some], split.y[some])] * 3, 10),
+        *("cifar10", *[Split(cifar_test.x[some], cifar_test.y[some])] * 3, 10),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     )
