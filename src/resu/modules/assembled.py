@@ -172,21 +172,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias = bias is not None
 
 
-def _bias_gradient(ctx: Any, grad: Tensor, dims: Sequence[int]) -> Tensor | None:
-    return grad.sum(dim=list(dims)) if ctx.bias and ctx.needs_input_grad[2] else None
-
-
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
     gx, gt = torch.ops.resu.assembled_linear_backward(grad, *ctx.saved_tensors, *ctx.rest, needs)
-    gb = _bias_gradient(ctx, grad, range(grad.ndim - 1))
+    gb = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.bias and ctx.needs_input_grad[2] else None
     return gx if needs[0] else None, gt if needs[1] else None, gb, *([None] * 7)
 
 
 def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
     gx, gt = torch.ops.resu.assembled_conv2d_backward(grad, *ctx.saved_tensors, *ctx.rest, needs)
-    gb = _bias_gradient(ctx, grad, (0, 2, 3))
+    gb = grad.sum(dim=(0, 2, 3)) if ctx.bias and ctx.needs_input_grad[2] else None
     return gx if needs[0] else None, gt if needs[1] else None, gb, *([None] * 12)
 
 
