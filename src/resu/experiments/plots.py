@@ -21,6 +21,7 @@ __all__ = [
     "draw_layers",
     "draw_memory",
     "draw_training",
+    "legend_below",
     "new_figure",
     "to_png",
 ]
@@ -29,12 +30,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PHASE_COLOURS = {
     "train": "#FFFFFF",
-    "prune": "#999999",
-    "stabilize": "#F0E442",
-    "resu": "#009E73",
-    "commit": "#999999",
-    "fine-tune": "#56B4E9",
-    "ramp": "#E69F00",
+    "stabilize": "#E69F00",
+    "resurrection: θ trains": "#009E73",
+    "ramp": "#CC79A7",
+    "tournaments": "#009E73",
+    "fixed mask": "#56B4E9",
 }
 
 
@@ -130,9 +130,7 @@ def draw_accuracy(
     ax.legend(fontsize=8, frameon=False, loc="lower left")
 
 
-def draw_layers(
-    ax: Any, methods: Mapping[str, Mapping[str, float]], title: str = "Sparsity of each layer"
-) -> None:
+def draw_layers(ax: Any, methods: Mapping[str, Mapping[str, float]], title: str = "Sparsity of each layer") -> None:
     """Bars of the sparsity of each layer, grouped by layer, one colour per method."""
     layers = list(dict.fromkeys(layer for rows in methods.values() for layer in rows))
     height = 0.8 / max(1, len(methods))
@@ -146,12 +144,9 @@ def draw_layers(
     ax.set_xlim(0, 108)
     _tidy(ax, title, "sparsity (% of the layer's weights removed)", "")
     ax.grid(axis="y", visible=False)
-    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=2)
 
 
-def draw_memory(
-    ax: Any, bars: Mapping[str, Mapping[str, int]], title: str = "Bytes held while training"
-) -> None:
+def draw_memory(ax: Any, bars: Mapping[str, Mapping[str, int]], title: str = "Bytes held while training") -> None:
     """Stacked bars: one per moment of training, one colour per kind of bytes.
 
     Args:
@@ -187,7 +182,6 @@ def draw_memory(
     ax.set_xlim(0, max(left.values(), default=1) * 1.12)
     _tidy(ax, title, f"bytes held ({unit})", "")
     ax.grid(axis="y", visible=False)
-    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=3)
 
 
 def draw_training(ax: Any, trace: Trace, title: str = "Training") -> None:
@@ -197,7 +191,7 @@ def draw_training(ax: Any, trace: Trace, title: str = "Training") -> None:
         if phase.end <= phase.start:
             continue
         colour = PHASE_COLOURS.get(phase.name, "#CCCCCC")
-        label = None if phase.name in named or colour == "#FFFFFF" else f"phase: {phase.name}"
+        label = None if phase.name in named or colour == "#FFFFFF" else phase.name
         named.add(phase.name)
         ax.axvspan(phase.start, phase.end, color=colour, alpha=0.22, linewidth=0, label=label)
     window = max(1, len(trace.loss) // 60)
@@ -213,12 +207,15 @@ def draw_training(ax: Any, trace: Trace, title: str = "Training") -> None:
         beside.set_ylim(0, 105)
         beside.set_ylabel("sparsity (%)")
         beside.spines["top"].set_visible(False)
-        lines, labels = ax.get_legend_handles_labels()
-        more, names = beside.get_legend_handles_labels()
-        lines, labels = lines + more, labels + names
-    else:
-        lines, labels = ax.get_legend_handles_labels()
     ax.set_xlim(0, max(1, len(trace.loss)))
-    ax.legend(
-        lines, labels, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=3
+
+
+def legend_below(figure: Figure, columns: int = 3) -> None:
+    """One legend for all axes of a figure, under them; what is named twice is shown once."""
+    found: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        list(found.values()), list(found), fontsize=8, frameon=False, loc="outside lower center", ncols=columns
     )

@@ -1,0 +1,1 @@
+"""The command ``resu``: one file per subcommand."""
