@@ -28,10 +28,10 @@ _NAMES = {
     "Sparsifier": "resu.training.sparsifier",
     "RESUConfig": "resu.training.config",
     "RESUCycle": "resu.training.cycle",
-    "RESUTrainer": "resu.training.cycle",
+    "RESUTrainer": "resu.training.trainer",
 }
 
-__all__ = ["__version__", *_NAMES]  # noqa: PLE0604
+__all__ = ["__version__", *_NAMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,9 +21,7 @@ def convnet(seed: int = 0) -> nn.Sequential:
 def batches(n: int, *, image: bool = False, size: int = 16) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     shape = (size, 1, 6, 6) if image else (size, 20)
-    return [
-        (torch.randn(shape, generator=generator), torch.randint(5, (size,), generator=generator)) for _ in range(n)
-    ]
+    return [(torch.randn(shape, generator=generator), torch.randint(5, (size,), generator=generator)) for _ in range(n)]
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -31,7 +29,11 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def fit(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: list[tuple[Tensor, Tensor]], begin: int = 0, end: int | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: list[tuple[Tensor, Tensor]],
+    begin: int = 0,
+    end: int | None = None,
 ) -> None:
     for batch in data[begin:end]:
         optimizer.zero_grad()

@@ -1,0 +1,1 @@
+"""Nouns and mechanisms that everything else stands on: torch and numpy only."""

@@ -308,6 +308,12 @@ class SparseMask:
         digest.update(self._packed.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def __or__(self, other: SparseMask) -> SparseMask:
+        """Positions active in either mask."""
+        if self._shape != other._shape:
+            raise ValueError(f"masks of shapes {tuple(self._shape)} and {tuple(other._shape)} cannot be joined")
+        return SparseMask.from_packed(self._packed | other._packed, self._shape)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SparseMask):
             return NotImplemented

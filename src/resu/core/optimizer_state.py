@@ -24,11 +24,22 @@ def state_tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
-    """Zero every element-wise state tensor of ``parameter`` at ``where`` (bool, the parameter's shape).
+    """Zero every element-wise state tensor of ``parameter`` at ``where``.
 
     The first step of a weight whose Adam moments were cleared late in training is not bias-corrected any
     more: it is up to ``(1 - β1) / sqrt(1 - β2)``, about 3.2, times lr.
+
+    Args:
+        optimizer: Holds the state; a parameter it does not know has none.
+        parameter: The weight.
+        where: Bool of the parameter's shape, or flat int64 indices.
     """
     with torch.no_grad():
         for value in state_tensors(optimizer, parameter).values():
-            value.masked_fill_(where.to(value.device), 0)
+            here = where.to(value.device)
+            if here.dtype == torch.bool:
+                value.masked_fill_(here, 0)
+            elif value.is_contiguous():
+                value.view(-1)[here] = 0
+            else:
+                value[torch.unravel_index(here, value.shape)] = 0

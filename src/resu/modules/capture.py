@@ -49,6 +49,14 @@ class ActivationCapture:
     def _activation_norms(self) -> Tensor | None:
         return self.activation_norms
 
+    def capture_state(self) -> Tensor | None:
+        """The running sums while capturing, None otherwise; :meth:`resume_capture` goes on from them."""
+        return self._square_sums if self._capture else None
+
+    def resume_capture(self, sums: Tensor) -> None:
+        """Go on capturing where :meth:`capture_state` was taken."""
+        self._capture, self._square_sums = True, sums
+
     def reset_activations(self) -> None:
         """Forget what was accumulated."""
         self._square_sums = None

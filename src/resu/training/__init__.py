@@ -20,10 +20,10 @@ _NAMES = {
     "quick_test_config": "resu.training.config",
     "CycleStats": "resu.training.cycle",
     "RESUCycle": "resu.training.cycle",
-    "RESUTrainer": "resu.training.cycle",
+    "RESUTrainer": "resu.training.trainer",
 }
 
-__all__ = [*_NAMES]  # noqa: PLE0604
+__all__ = [*_NAMES]
 
 
 def __getattr__(name: str) -> Any:

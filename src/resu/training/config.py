@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from resu.core.counting import check_sparsity
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-class SparsitySchedule(str, Enum):
+class SparsitySchedule(StrEnum):
     """How the target moves from ``initial_sparsity`` to ``target_sparsity`` over the cycles."""
 
     CONSTANT = "constant"
@@ -43,7 +43,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class RESUConfig:
-    """Settings of :class:`~resu.training.cycle.RESUTrainer`. Fields may be set until the trainer is built.
+    r"""Settings of :class:`~resu.training.cycle.RESUTrainer`. Fields may be set until the trainer is built.
 
     A cycle of ``steps_per_cycle`` optimizer steps has the phases TRAIN, PRUNE, STABILIZE, RESU and COMMIT.
 
@@ -60,20 +60,20 @@ class RESUConfig:
         train_fraction, stabilize_fraction, resu_fraction: Shares of the phases; they add up to 1.
         resu_lr: Learning rate of θ (inline).
         resu_epsilon: θ starts as N(0, (ε·σ_active)²) (inline).
-        freeze_active_during_resu: Active weights stay bit-identical in the RESU phase (inline). False lets them train
-            on by ``optimizer`` beside θ; not with quantized actives.
+        freeze_active_during_resu: Active weights stay bit-identical in the RESU phase (inline). False lets them
+            train on by ``optimizer`` beside θ; not with quantized actives.
         use_selective: θ is updated by the consistency rule of ``resu.core.selective`` instead of Adam (inline).
         selective_beta, selective_tau, selective_k_select_ratio: Its knobs.
         quantize_bits: 4 or 8: active weights are quantized in the RESU phase (QRESU); None: not.
         qscheme: ``"per_channel"`` or ``"per_tensor"``.
-        use_amnesty: False prunes again by score instead of the budgeted tournament: ``commit_strategy`` must then be
-            another than ``"amnesty"``.
-        commit_strategy: ``"amnesty"`` (budgeted tournament), ``"wanda_reprune"`` (merge all θ, prune again by Wanda) or
-            ``"simple"`` (merge all θ: dense until the next PRUNE).
+        use_amnesty: False prunes again by score instead of the budgeted tournament: ``commit_strategy`` must then
+            be another than ``"amnesty"``.
+        commit_strategy: ``"amnesty"`` (budgeted tournament), ``"wanda_reprune"`` (merge all θ, prune again by
+            Wanda) or ``"simple"`` (merge all θ: dense until the next PRUNE).
         amnesty_r_start, amnesty_r_end: Share of the kept places that the resurrected may take, first and last cycle.
         amnesty_score_type: Ranking in the tournament: \\|w\\|, \\|w·g\\| or \\|w\\|·‖x‖.
-        resurrection: ``"inline"``: θ acts in the forward pass of the RESU phase. ``"dormant"``: θ learns from the masked
-            pass in all phases and competes to return (:class:`~resu.training.algorithms.RESU`).
+        resurrection: ``"inline"``: θ acts in the forward pass of the RESU phase. ``"dormant"``: θ learns from the
+            masked pass in all phases and competes to return (:class:`~resu.training.algorithms.RESU`).
         theta_damping: γ of dormant θ.
         tournament_interval: Steps between dormant tournaments.
         freeze_fraction: Last share of the run with a frozen mask (dormant).
@@ -198,14 +198,19 @@ class RESUConfig:
             )
         if not self.use_amnesty and self.commit_strategy == "amnesty":
             raise ValueError(
-                "use_amnesty=False contradicts commit_strategy='amnesty'; set commit_strategy to 'wanda_reprune' or 'simple'"
+                "use_amnesty=False contradicts commit_strategy='amnesty'; "
+                "set commit_strategy to 'wanda_reprune' or 'simple'"
             )
         if self.quantize_bits is not None and not self.freeze_active_during_resu:
             raise ValueError("quantized active weights cannot train; set freeze_active_during_resu=True")
         if self.use_selective and not self.freeze_active_during_resu:
-            raise ValueError("use_selective=True updates θ alone; set freeze_active_during_resu=True or use_selective=False")
+            raise ValueError(
+                "use_selective=True updates θ alone; set freeze_active_during_resu=True or use_selective=False"
+            )
         if self.resurrection == "dormant" and self.quantize_bits is not None:
-            raise ValueError("dormant θ learns while active weights train; quantize_bits goes with resurrection='inline'")
+            raise ValueError(
+                "dormant θ learns while active weights train; quantize_bits goes with resurrection='inline'"
+            )
 
     def amnesty(self) -> AmnestyConfig:
         """The settings of the tournament at COMMIT."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from resu.core.mask import SparseMask
@@ -61,7 +61,12 @@ def _shapes(layers: Layers) -> dict[str, torch.Size]:
 
 
 def prune_layers(
-    layers: Layers, sparsity: float, config: RESUConfig, optimizer: Optimizer | None, cycle: int, method: str | None = None
+    layers: Layers,
+    sparsity: float,
+    config: RESUConfig,
+    optimizer: Optimizer | None,
+    cycle: int,
+    method: str | None = None,
 ) -> None:
     """Prune to ``sparsity`` over all layers, exact to one weight; pruned positions stay pruned.
 
@@ -90,8 +95,8 @@ def set_mask(layer: RESUModule, new: Tensor, optimizer: Optimizer | None) -> Non
         clear_state(optimizer, layer.weight, old ^ new)
 
 
-def enter_layers(layers: Layers, config: RESUConfig, cycle: int) -> list[nn.Parameter]:
-    """Start θ in every layer that has pruned positions; returns what an optimizer must train (none if selective)."""
+def enter_layers(layers: Layers, config: RESUConfig, cycle: int) -> None:
+    """Start θ in every layer that has pruned positions."""
     for name, layer in layers.items():
         if layer.mask is None or layer.mask.n_pruned == 0:
             continue
@@ -113,15 +118,6 @@ def enter_layers(layers: Layers, config: RESUConfig, cycle: int) -> list[nn.Para
                 )
             else:
                 layer.enter_qresu_mode(config.quantize_bits, config.resu_epsilon, config.qscheme)
-    if config.use_selective:
-        return []
-    return theta_parameters(layers)
-
-
-def theta_parameters(layers: Layers) -> list[nn.Parameter]:
-    """The parameter that holds θ of every layer that has one."""
-    active = [layer for layer in layers.values() if layer.is_resu_active]
-    return [layer.theta if layer.theta is not None else layer.weight for layer in active]
 
 
 def leave(layer: RESUModule) -> SparseMask | None:
@@ -178,7 +174,11 @@ def commit_layers(
 
 
 def _keeps_at_commit(
-    layers: Layers, old: Mapping[str, SparseMask | None], scores: Mapping[str, Tensor], target: float, config: RESUConfig
+    layers: Layers,
+    old: Mapping[str, SparseMask | None],
+    scores: Mapping[str, Tensor],
+    target: float,
+    config: RESUConfig,
 ) -> dict[str, int]:
     """PRUNE has set each layer's count already, unless the target lies below it (densification)."""
     shapes = _shapes(layers)

@@ -48,7 +48,10 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(
-                "train", total=self.trainer.config.total_steps, completed=self.trainer.step, **self._fields(float("nan"))
+                "train",
+                total=self.trainer.config.total_steps,
+                completed=self.trainer.step,
+                **self._fields(float("nan")),
             )
         return self
 

@@ -29,9 +29,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside ``torch.compile`` and data-parallel wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(
-            model, (nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-        ):
+        if inner is None and isinstance(model, (nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
@@ -104,7 +102,9 @@ class Sparsifier:
         self.step = 0
         self.layers: dict[str, Layer] = select(self.model, include, exclude)
         self._check()
-        full = {name: SparseMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in self.layers.items()}
+        full = {
+            name: SparseMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in self.layers.items()
+        }
         self._constraints = {n: Constraint(self.layers[n].weight, full[n]) for n in self.layers}
         self._ever = dict(full) if not algorithm.due(0) else {}
         self._theta: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ class Sparsifier:
         return sum(m.n_pruned for m in masks) / sum(m.numel for m in masks)
 
     def report(self) -> SparsityReport:
-        """Per layer: kept, sparsity, R_s (share of positions ever active; ITOP, arXiv 2102.02887). Prints as a table."""
+        """Per layer: kept, sparsity, R_s (positions ever active; ITOP, arXiv 2102.02887). Prints as a table."""
         return SparsityReport(
             step=self.step,
             layers=tuple(
@@ -262,17 +262,24 @@ class Sparsifier:
         theta = self._theta.get(name)
         if theta is None and self.algorithm.learns_pruned and self.algorithm.learning(self.step):
             theta = self._theta[name] = torch.zeros_like(weight)
+        # Few positions change in one update, so only those are touched.
+        changed = (old ^ new).reshape(-1).nonzero().view(-1)
+        if changed.numel() == 0:
+            return
+        grown = new.reshape(-1)[changed]
+        flat = weight.view(-1)
         if theta is not None:
-            value = weight + theta
-            weight.copy_(torch.where(new, value, 0))
-            theta.copy_(torch.where(new, 0, value))
+            waiting = theta.view(-1)
+            value = flat[changed] + waiting[changed]
+            flat[changed] = torch.where(grown, value, 0)
+            waiting[changed] = torch.where(grown, 0, value)
         else:
-            weight.masked_fill_(new.logical_not(), 0)
+            flat[changed[~grown]] = 0
         if self.algorithm.clears_state:
-            clear_state(self.optimizer, weight, old ^ new)
+            clear_state(self.optimizer, weight, changed)
         constraint.mask = SparseMask(new)
         ever = self._ever.get(name)
-        self._ever[name] = constraint.mask if ever is None else SparseMask(ever.mask | new)
+        self._ever[name] = constraint.mask if ever is None else ever | constraint.mask
 
     # -- end and resume ------------------------------------------------------------------------------
     def commit(self) -> dict[str, SparseMask]:
@@ -336,7 +343,8 @@ class Sparsifier:
         for name, mask in masks.items():
             if mask.shape != self.layers[name].weight.shape:
                 raise ValueError(
-                    f"saved mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(self.layers[name].weight.shape)}"
+                    f"saved mask of {name!r} has shape {tuple(mask.shape)}, "
+                    f"the weight {tuple(self.layers[name].weight.shape)}"
                 )
         self.step = int(state["step"])
         self._ever = {n: m.to(self.layers[n].weight.device) for n, m in ever.items()}
@@ -351,7 +359,8 @@ class Sparsifier:
             constraint.mask = masks[name].to(weight.device)
         self._undo = {}
         self._theta = {
-            n: t.to(self.layers[n].weight.device, self.layers[n].weight.dtype, copy=True) for n, t in state["theta"].items()
+            n: t.to(self.layers[n].weight.device, self.layers[n].weight.dtype, copy=True)
+            for n, t in state["theta"].items()
         }
         learning = bool(self._theta)
         for constraint in self._constraints.values():

@@ -17,7 +17,7 @@ __all__ = ["RESU"]
 @algorithms.register("resu")
 @dataclass(frozen=True, kw_only=True)
 class RESU(Algorithm):
-    """Dormant resurrection (RESU) beside an unchanged training loop.
+    r"""Dormant resurrection (RESU) beside an unchanged training loop.
 
     θ lives at pruned positions. It is trained by the gradient of the *masked* forward, ``∂L/∂W_eff`` with
     ``W_eff = M⊙W``, through whatever optimizer the loop uses, damped by ``gamma``: after each step
