@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,25 +42,40 @@ def _dataset(task: Task, directory: str | None) -> Dataset:
     return _data[key]
 
 
-def _task(name: str, quick: bool) -> Task:
-    return tasks[name].shortened(_QUICK) if quick else tasks[name]
+@dataclass(frozen=True)
+class _Setup:
+    """What all runs of one call have in common; goes to the workers."""
+
+    name: str
+    regime: Regime
+    quick: bool
+    lr_factor: float
+    directory: str | None
+    cache: Path
+    threads: int
+
+    @property
+    def task(self) -> Task:
+        """The task; a factor on the learning rate leaves the dense networks of fine-tuning as they are."""
+        task = tasks[self.name].shortened(_QUICK) if self.quick else tasks[self.name]
+        if self.regime == "finetune":
+            return replace(task, finetune_lr=task.finetune_lr * self.lr_factor)
+        return replace(task, lr=task.lr * self.lr_factor)
 
 
-def _work(
-    name: str, quick: bool, regime: Regime, job: Job | int, directory: str | None, cache: Path, threads: int
-) -> Row | str:
+def _work(setup: _Setup, job: Job | int) -> Row | str:
     """In a worker: one run, or (a bare seed) the trained dense network that the runs of a seed start from.
 
     A run that fails is a line of text, so that the others go on.
     """
-    torch.set_num_threads(threads)
-    task = _task(name, quick)
-    data = _dataset(task, directory)
+    torch.set_num_threads(setup.threads)
+    task = setup.task
+    data = _dataset(task, setup.directory)
     if isinstance(job, int):
-        dense_start(task, job, data, cache)
+        dense_start(task, job, data, setup.cache)
         return f"dense network of seed {job} ready"
     try:
-        return run(task, *job, regime, data=data, cache=cache)
+        return run(task, *job, setup.regime, data=data, cache=setup.cache)
     except Exception as error:
         return f"FAILED {' '.join(map(str, job))}: {type(error).__name__}: {error}"
 
@@ -87,12 +102,12 @@ def _progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def _results(pool: ProcessPoolExecutor | None, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Row | str]:
+def _results(pool: ProcessPoolExecutor | None, setup: _Setup, jobs: Sequence[Job | int]) -> Iterator[Row | str]:
     """Results as they come, from this process or from workers."""
     if pool is None:
-        yield from itertools.starmap(_work, arguments)
+        yield from (_work(setup, job) for job in jobs)
         return
-    for future in as_completed([pool.submit(_work, *each) for each in arguments]):
+    for future in as_completed([pool.submit(_work, setup, job) for job in jobs]):
         yield future.result()
 
 
@@ -109,23 +124,25 @@ def missing(task: Task, regime: Regime, jobs: Iterable[Job], done: Iterable[Row]
 
 
 def _run_all(options: argparse.Namespace) -> int:
-    task = _task(options.task, options.quick)
-    csv = options.out / f"honest_{options.task}_{options.regime}.csv"
+    cache = options.cache or options.out / "dense"
+    setup = _Setup(
+        *(options.task, options.regime, options.quick, options.lr_factor),
+        *(options.data_dir, cache, options.threads),
+    )
+    suffix = "" if options.lr_factor == 1 else f"_lr{options.lr_factor:g}"
+    csv = options.out / f"honest_{options.task}_{options.regime}{suffix}.csv"
     order = itertools.product(options.seeds, options.sparsities, options.methods)
     jobs = [(method, sparsity, seed) for seed, sparsity, method in order]
-    todo = missing(task, options.regime, jobs, read_rows(csv))
-    cache = options.cache or options.out / "dense"
-    shared = (options.data_dir, cache, options.threads)
-    first = (options.task, options.quick, options.regime)
+    todo = missing(setup.task, options.regime, jobs, read_rows(csv))
     starts = sorted({seed for _, _, seed in todo}) if options.regime == "finetune" else []
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(options.jobs, mp_context=context) if options.jobs > 1 else None
     failures = 0
     try:
         with _progress(len(starts) + len(todo), f"{options.task} {options.regime}") as advance:
-            for text in _results(pool, [(*first, seed, *shared) for seed in starts]):
+            for text in _results(pool, setup, starts):
                 advance(str(text))
-            for row in _results(pool, [(*first, job, *shared) for job in todo]):
+            for row in _results(pool, setup, todo):
                 if isinstance(row, str):
                     failures += 1
                     advance(row)
@@ -147,19 +164,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", default="mlp", choices=list(tasks))
     parser.add_argument("--regime", default="finetune", choices=["scratch", "finetune"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9, 0.95, 0.98])
-    parser.add_argument(
-        "--methods", nargs="+", default=list(ORDER), metavar="METHOD", help=", ".join(methods)
-    )
+    parser.add_argument("--methods", nargs="+", default=list(ORDER), metavar="METHOD", help=", ".join(methods))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--data-dir", help="folder of the data (default: RESU_DATA)")
     parser.add_argument("--cache", type=Path, help="folder of trained dense networks (default: OUT/dense)")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="threads of each; 1 makes rows repeatable")
+    parser.add_argument("--lr-factor", type=float, default=1.0, help="on the learning rate, in a CSV of its own")
     parser.add_argument("--quick", action="store_true", help=f"{_QUICK} times fewer steps, to try things")
-    parser.add_argument(
-        "--render", type=Path, metavar="PAGE", help="write tables and a plot from OUT instead"
-    )
+    parser.add_argument("--render", type=Path, metavar="PAGE", help="write tables and a plot from OUT instead")
     return parser
 
 

@@ -129,8 +129,9 @@ def straight_through(plan: Plan) -> Setting:
 def _cycles(plan: Plan, tail: float = 0.0, **fields: Any) -> Setting:
     """Inline cycles; from a trained network every cycle is at the final sparsity."""
     tuned = {"num_cycles": 5 if plan.regime == "scratch" else 10} | fields
-    count = tuned["num_cycles"]
-    per_cycle = (plan.steps - plan.at(tail)) // count
+    available = plan.steps - plan.at(tail)
+    count = tuned["num_cycles"] = max(1, min(tuned["num_cycles"], available // 2))  # short trials: fewer cycles
+    per_cycle = available // count
     start: dict[str, Any] = {"target_sparsity": plan.sparsity, "sparsity_schedule": "constant"}
     if plan.regime == "scratch":
         start = {"target_sparsity": plan.sparsity, "initial_sparsity": 0.0}
