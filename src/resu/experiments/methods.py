@@ -94,30 +94,32 @@ def gradual(plan: Plan) -> Setting:
     return _sparsifier("magnitude", plan, begin_step=plan.at(begin), end_step=plan.at(end), interval=interval)
 
 
-def _dormant(plan: Plan, gamma: float, interval: int) -> Setting:
-    """One shot in fine-tuning, a cubic ramp over the first half from scratch; the last 30 % is masked."""
-    ramp: dict[str, Any] = {"initial_sparsity": None, "end_step": plan.at(0.7)}
+def _dormant(plan: Plan, gamma: float, interval: int, ramp: float = 0.5, until: float = 0.7, **more: Any) -> Setting:
+    """One shot in fine-tuning, a cubic ramp from scratch; after ``until`` the mask is frozen."""
+    options: dict[str, Any] = {"initial_sparsity": None, "end_step": plan.at(until)}
     if plan.regime == "scratch":
-        ramp |= {"initial_sparsity": 0.0, "ramp_end_step": plan.at(0.5)}
-    return _sparsifier("resu", plan, **(ramp | {"interval": interval, "gamma": gamma}))
+        options |= {"initial_sparsity": 0.0, "ramp_end_step": plan.at(ramp)}
+    return _sparsifier("resu", plan, **options, interval=interval, gamma=gamma, **more)
 
 
 @methods.register("resu")
 def resu(plan: Plan) -> Setting:
-    """Dormant resurrection with the library's defaults for γ and the interval."""
-    from resu.training.algorithms import RESU
-
-    return _dormant(plan, RESU.gamma, RESU.interval)
-
-
-def _add_dormant(name: str, gamma: float, interval: int) -> None:
-    methods.register(name)(lambda plan: _dormant(plan, gamma, interval))
+    """Dormant resurrection with a tournament at every step, as recommended for each situation."""
+    if plan.regime == "finetune":
+        return _dormant(plan, gamma=2.0, interval=1)
+    return _dormant(plan, gamma=1.0, interval=1, until=0.9, fresh_state=False)
 
 
-_add_dormant("dormant-0.3", 0.3, 16)
-_add_dormant("feedback", 1.0, 16)  # dynamic pruning with feedback, arXiv 2006.07253
-_add_dormant("dormant-1", 1.0, 1)
-_add_dormant("dormant-2", 2.0, 1)
+@methods.register("dormant-0.3")
+def dormant_damped(plan: Plan) -> Setting:
+    """Dormant resurrection damped by γ=0.3, a tournament every 16 steps."""
+    return _dormant(plan, gamma=0.3, interval=16)
+
+
+@methods.register("feedback")
+def feedback(plan: Plan) -> Setting:
+    """Dynamic pruning with feedback (arXiv 2006.07253): γ=1, a new mask every 16 steps."""
+    return _dormant(plan, gamma=1.0, interval=16)
 
 
 @methods.register("straight-through")

@@ -11,7 +11,7 @@ __all__ = ["ORDER", "render"]
 
 ORDER = (
     *("dense", "static", "one-shot", "gradual", "feedback", "straight-through"),
-    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3", "dormant-1", "dormant-2", "resu"),
+    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3", "resu"),
 )
 """Methods in the order of tables: baselines first, then the resurrection methods."""
 
@@ -58,9 +58,7 @@ def render(folder: str | Path, page: str | Path) -> None:
 
 
 def _section(table: Table) -> str:
-    metric = (
-        "test accuracy in percent" if table.metric == "accuracy" else "test loss in nats, lower is better"
-    )
+    metric = "test accuracy in percent" if table.metric == "accuracy" else "test loss in nats, lower is better"
     exact = "Counts and zeros of every sparse run are exact." if table.exact else "NOT every run is exact."
     title = f"### {_TITLES.get(table.task, table.task)}: {_REGIMES[table.regime]}"
     note = f"{table.steps} steps, {table.recipe}; {metric}, mean ± standard deviation over seeds. {exact}"
