@@ -98,14 +98,16 @@ def sparse_linear(layer: HeldWeight, x: Tensor, weight: Tensor, bias: Tensor | N
     mask = layer.mask
     if mask is None or torch.compiler.is_compiling() or not _applies(layer, x, weight, mask):
         return None
-    product = layer._product
-    if product is None or product.stale(weight, mask):
-        product = layer._product = SparseProduct(weight, mask)
-    flat = x.reshape(-1, weight.shape[1])
-    if flat.shape[0] < 8:
-        y = F.linear(flat, product.csr)
-    else:
-        y = torch.sparse.mm(product.csr, flat.t()).t()
-    if bias is not None:
-        y = y + bias
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    # torch's CSR calls fail on inference tensors; outside inference mode they take them.
+    with torch.inference_mode(False), torch.no_grad():
+        product = layer._product
+        if product is None or product.stale(weight, mask):
+            product = layer._product = SparseProduct(weight, mask)
+        flat = x.reshape(-1, weight.shape[1])
+        if flat.shape[0] < 8:
+            y = F.linear(flat, product.csr)
+        else:
+            y = torch.sparse.mm(product.csr, flat.t()).t()
+        if bias is not None:
+            y = y + bias
+        return y.reshape(*x.shape[:-1], weight.shape[0])
