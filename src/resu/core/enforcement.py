@@ -53,9 +53,7 @@ class Constraint:
         ValueError: If the mask does not fit the parameter.
     """
 
-    def __init__(
-        self, parameter: Tensor, mask: SparseMask, kind: str = "zero", mask_gradient: bool = True
-    ) -> None:
+    def __init__(self, parameter: Tensor, mask: SparseMask, kind: str = "zero", mask_gradient: bool = True) -> None:
         if kind not in ("zero", "frozen"):
             raise ValueError(f"kind must be 'zero' or 'frozen', got {kind!r}")
         if mask.shape != parameter.shape:
@@ -70,6 +68,7 @@ class Constraint:
         self._cleared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook: RemovableHandle | None = None
         self._watch(parameter)
+        self._mask_gradient(parameter)  # one accumulated before is not applied any more
         _install()
         _live.add(self)
 
@@ -80,8 +79,16 @@ class Constraint:
 
     def held(self) -> Tensor:
         """Bool tensor, True where training may change nothing."""
+        parameter = self._parameter()
+        if parameter is not None:
+            self._follow(parameter)
         mask = self.mask.mask
         return mask.logical_not_() if self.kind == "zero" else mask
+
+    def _follow(self, tensor: Tensor) -> None:
+        """Move the mask to where the weight has gone (``model.to(device)`` keeps the parameter object)."""
+        if self.mask.device != tensor.device:
+            self.mask = self.mask.to(tensor.device)
 
     def _watch(self, parameter: Tensor) -> None:
         if self._hook is None and parameter.requires_grad:
@@ -90,6 +97,7 @@ class Constraint:
     def _mask_gradient(self, parameter: Tensor) -> None:
         grad = parameter.grad
         if self.mask_gradient and grad is not None:
+            self._follow(grad)
             if grad.is_sparse:
                 parameter.grad = grad = grad.to_dense()
             self.mask.zero_(grad, active=self.kind == "frozen")
@@ -98,6 +106,7 @@ class Constraint:
         """Zero the pruned positions now (``kind="zero"``)."""
         parameter = self._parameter()
         if parameter is not None and self.kind == "zero":
+            self._follow(parameter)
             self.mask.apply_(parameter)
 
     def remove(self) -> None:
@@ -107,6 +116,10 @@ class Constraint:
             self._hook = None
         self._before = None
         _live.discard(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy constrains the copied parameter: copy and pickle keep the two together.
+        return Constraint, (self.parameter, self.mask, self.kind, self.mask_gradient)
 
     # -- around an optimizer step ---------------------------------------------------------------------
     def _before_step(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
@@ -120,8 +133,7 @@ class Constraint:
         if optimizer not in self._cleared:  # momentum from before the freeze would move frozen weights
             clear_state(optimizer, parameter, self.held())
             self._cleared.add(optimizer)
-        still = type(optimizer).__name__ in _STILL and type(optimizer).__module__.startswith("torch.optim")
-        if not (still and not group.get("weight_decay") and group.get("eps", 1.0) > 0):
+        if not (self.mask_gradient and _keeps_bits(optimizer, group)):
             self._before = parameter.detach().clone()
 
     def _after_step(self) -> None:
@@ -132,6 +144,13 @@ class Constraint:
         elif self._before is not None:
             self.mask.restore_(parameter, self._before)
             self._before = None
+
+
+def _keeps_bits(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether a weight with zero gradient and zero state keeps its bits."""
+    known = type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in _STILL
+    # maximize turns a zero gradient into -0.0, which would turn a weight of -0.0 into +0.0.
+    return known and not group.get("weight_decay") and not group.get("maximize") and group.get("eps", 1.0) > 0
 
 
 def _owned(optimizer: Optimizer) -> list[tuple[Constraint, dict[str, Any]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -12,7 +13,16 @@ __all__ = ["Layer", "select"]
 
 # Weights that are multiplied with activations. Embeddings and norms are not, and so never selected unless
 # a glob asks for them by name.
-_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Bilinear)
+_TYPES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+)
 
 
 @dataclass(frozen=True)
@@ -52,31 +62,21 @@ def _is_conv1d_of_transformers(module: nn.Module) -> bool:
 
 
 def _candidates(model: nn.Module) -> dict[str, Layer]:
-    """Every parameter with two dimensions or more, ties folded into the first name."""
-    found: dict[str, Layer] = {}
-    first: dict[int, str] = {}
-    for module_name, module in model.named_modules(remove_duplicate=True):
+    """Every parameter with two dimensions or more, once, under the name that multiplies if one does."""
+    names: dict[int, list[Layer]] = {}
+    # With duplicates: a module used twice is a tie too, and a glob may use either name.
+    for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{module_name}.{attribute}" if module_name else attribute
-            if parameter.ndim < 2:
-                continue
-            if id(parameter) in first:
-                owner = found[first[id(parameter)]]
-                ties = (*owner.ties, name)
-                # A tie is one weight; it belongs to a multiplying module if any of its names does.
-                if _multiplies(module, attribute) and not _multiplies(owner.module, owner.attribute):
-                    swapped = tuple(owner.name if tie == name else tie for tie in ties)
-                    new = Layer(name, module_name, attribute, module, ties=swapped)
-                    del found[owner.name]
-                    found[name], first[id(parameter)] = new, name
-                else:
-                    found[owner.name] = Layer(
-                        owner.name, owner.module_name, owner.attribute, owner.module, owner.transposed, ties
-                    )
-                continue
-            first[id(parameter)] = name
-            transposed = _is_conv1d_of_transformers(module) and attribute == "weight"
-            found[name] = Layer(name, module_name, attribute, module, transposed)
+            if parameter.ndim >= 2:
+                name = f"{module_name}.{attribute}" if module_name else attribute
+                transposed = _is_conv1d_of_transformers(module) and attribute == "weight"
+                layer = Layer(name, module_name, attribute, module, transposed)
+                names.setdefault(id(parameter), []).append(layer)
+    found: dict[str, Layer] = {}
+    for layers in names.values():
+        owner = next((one for one in layers if _multiplies(one.module, one.attribute)), layers[0])
+        ties = tuple(one.name for one in layers if one is not owner)
+        found[owner.name] = replace(owner, ties=ties)
     return found
 
 
@@ -101,7 +101,8 @@ def select(
     Without ``include``: the weight matrices of linear, convolution, ``nn.MultiheadAttention`` input
     projections and Hugging Face ``Conv1D`` modules, the output layer among them (exclude it by name).
     Embeddings and norms are left out, and so is a linear layer tied to an embedding (pruning it would prune the
-    embedding): include it by name to have it. A tie is one layer, known by its first name.
+    embedding): include it by name to have it. A tie is one layer, known by its first name. Stacks of matrices in other
+    modules (fused experts) are left out with a warning.
 
     Args:
         model: Any module.
@@ -143,12 +144,32 @@ def select(
             wanted = any(named(pattern, layer) for pattern in include)
         if wanted and not any(named(pattern, layer) for pattern in exclude):
             chosen[name] = layer
+    if include is None:
+        _warn_of_stacks([layer for name, layer in everything.items() if name not in chosen], exclude, named)
     if not chosen:
         raise ValueError(
             "no prunable weight is selected; the model has: "
             f"{_listing(everything) or 'no parameter with two dimensions or more'}"
         )
     return chosen
+
+
+def _warn_of_stacks(skipped: Iterable[Layer], exclude: list[str], named: Callable[[str, Layer], bool]) -> None:
+    """Say which stacks of matrices (fused experts) the default leaves dense; silence would be a false sparsity."""
+    stacks = [
+        layer.name
+        for layer in skipped
+        if layer.weight.ndim == 3
+        and min(layer.weight.shape) > 1
+        and not _is_embedding(layer.module)
+        and not any(named(pattern, layer) for pattern in exclude)
+    ]
+    if stacks:
+        warnings.warn(
+            f"stacked weights are not pruned by default: {', '.join(stacks[:8])}{', …' if len(stacks) > 8 else ''}; "
+            "name them in include, or in exclude to leave them dense",
+            stacklevel=3,
+        )
 
 
 def _listing(layers: dict[str, Layer], limit: int = 20) -> str:

@@ -115,7 +115,7 @@ class Unstructured(Pattern):
         if self.scope == "tensor":
             return 0
         counts = _rows(mask).sum(dim=1)
-        each = int(counts.sum()) // len(counts)
+        each = int(counts.sum()) // max(len(counts), 1)
         return int(((counts < each) | (counts > each + 1)).sum())
 
 
@@ -177,8 +177,9 @@ class NM(Pattern):
 
     def select(self, scores: Tensor, keep: int) -> Tensor:
         """The ``n`` best of each group; ``keep`` is fixed by the pattern."""
-        low = torch.finfo(scores.dtype).min if scores.is_floating_point() else torch.iinfo(scores.dtype).min
-        mask = top_k_rows(self._groups(scores, low), self.n)
+        # -inf fills short groups: nothing real loses against it, and of equals the lower column stays.
+        groups = self._groups(scores if scores.is_floating_point() else scores.double(), -math.inf)
+        mask = top_k_rows(groups, self.n)
         return self._ungroup(mask, scores.shape)
 
     def violations(self, mask: Tensor) -> int:
@@ -186,17 +187,33 @@ class NM(Pattern):
         return int((self._groups(mask, False).sum(dim=1) > self.n).sum())
 
 
+def _kept_units(keep: int, units: int, numel: int) -> int:
+    """How many of ``units`` equal parts of a weight ``keep`` positions fill: rounded down, at least one."""
+    return min(units, max(1, keep * units // numel))
+
+
+def _positions(kept: int, units: int, numel: int) -> int:
+    """The count that stands for ``kept`` of ``units`` parts; :func:`_kept_units` turns it back."""
+    return -(-kept * numel // units)
+
+
 @patterns.register("block")
 @dataclass(frozen=True)
 class Block(Pattern):
     """``h`` by ``w`` blocks of ``[out, in]`` live and die together (kernel positions fold into ``in``).
 
-    A block's score is the sum of its weights' scores divided by its size, so that the shorter blocks at
-    the edges compete fairly.
+    A block's score is the mean of its weights' scores, so that shorter blocks at the edges compete fairly.
+    The number of blocks is exact. Where the shape does not divide into blocks, a count of positions stands
+    for its share of the blocks, and how many positions that is depends on whether short blocks are among
+    them.
 
     Args:
         h: Consecutive output rows.
         w: Consecutive input columns.
+
+    Example:
+        >>> Block(1, 2).mask(torch.tensor([[1.0, 2.0, 4.0, 3.0, 9.0]]), 0.4)
+        tensor([[False, False,  True,  True,  True]])
     """
 
     h: int = 16
@@ -207,74 +224,91 @@ class Block(Pattern):
             raise ValueError(f"a block needs h >= 1 and w >= 1, got {self.h} x {self.w}")
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """``[rows of blocks, blocks per row, h * w]`` sums are taken over the last dimension."""
+        """``[rows of blocks, blocks per row, h * w]``, zeros beyond the edges."""
         rows = _rows(x)
         padded = F.pad(rows, (0, -rows.shape[1] % self.w, 0, -rows.shape[0] % self.h))
         r, c = padded.shape
         return padded.view(r // self.h, self.h, c // self.w, self.w).transpose(1, 2).flatten(2)
 
-    def _grid(self, shape: Sequence[int]) -> tuple[int, int]:
+    def _units(self, shape: Sequence[int]) -> int:
         rows, n = _rows_of(shape)
-        return -(-rows // self.h), -(-n // self.w)
+        return -(-rows // self.h) * -(-n // self.w)
 
     def keep_for(self, shape: Sequence[int], sparsity: float) -> int:
-        """Blocks are counted: ``floor(blocks * sparsity)`` go; nominal positions (edge blocks may be short)."""
-        return keep_count(math.prod(self._grid(shape)), sparsity) * self.h * self.w
+        """Blocks are counted: ``floor(blocks * sparsity)`` go."""
+        units = self._units(shape)
+        return _positions(keep_count(units, sparsity), units, math.prod(shape))
 
     def reachable(self, shape: Sequence[int], keep: int) -> int:
-        """Whole blocks only, at least one; exact where the shape divides into blocks."""
-        blocks = min(max(1, keep // (self.h * self.w)), math.prod(self._grid(shape)))
-        return blocks * self.h * self.w
+        """Whole blocks, at least one; the count :meth:`select` gives where the shape divides into blocks."""
+        units, n = self._units(shape), math.prod(shape)
+        return _positions(_kept_units(keep, units, n), units, n)
 
     def select(self, scores: Tensor, keep: int) -> Tensor:
-        """The ``keep / (h * w)`` best blocks, at least one."""
-        blocks = self._blocks(scores.double() if not scores.is_floating_point() else scores.float())
-        sizes = self._blocks(torch.ones(scores.shape, device=scores.device)).sum(dim=2)
-        kept = top_k_mask(blocks.sum(dim=2) / sizes, self.reachable(scores.shape, keep) // (self.h * self.w))
+        """The best blocks, as many as ``keep`` is a share of (rounded down, at least one)."""
+        sums = self._blocks(_wide(scores)).sum(dim=2)
+        sizes = self._blocks(torch.ones_like(scores, dtype=torch.uint8)).sum(dim=2)
+        kept = top_k_mask(sums / sizes, _kept_units(keep, sums.numel(), scores.numel()))
         rows, n = _rows_of(scores.shape)
-        wide = kept.repeat_interleave(self.h, 0).repeat_interleave(self.w, 1)
-        return wide[:rows, :n].reshape(scores.shape)
+        whole = kept.repeat_interleave(self.h, 0).repeat_interleave(self.w, 1)
+        return whole[:rows, :n].reshape(scores.shape).contiguous()
 
     def violations(self, mask: Tensor) -> int:
         """Blocks that are kept in part."""
-        kept = self._blocks(mask.to(torch.int32)).sum(dim=2)
-        sizes = self._blocks(torch.ones(mask.shape, dtype=torch.int32, device=mask.device)).sum(dim=2)
+        kept = self._blocks(mask.to(torch.uint8)).sum(dim=2)
+        sizes = self._blocks(torch.ones_like(mask, dtype=torch.uint8)).sum(dim=2)
         return int(((kept > 0) & (kept < sizes)).sum())
 
 
 @patterns.register("channel")
 @dataclass(frozen=True)
 class Channel(Pattern):
-    """Whole slices along ``dim`` live and die together (0: output channels, 1: input channels)."""
+    """Whole slices along ``dim`` live and die together (0: output channels, 1: input channels).
+
+    Example:
+        >>> Channel(1).mask(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0.5)
+        tensor([[False,  True],
+                [False,  True]])
+    """
 
     dim: int = 0
 
-    def _other(self, shape: Sequence[int]) -> int:
+    def _units(self, shape: Sequence[int]) -> int:
         if not -len(shape) <= self.dim < len(shape):
             raise ValueError(f"Channel(dim={self.dim}) does not exist in a weight of shape {tuple(shape)}")
-        return math.prod(shape) // shape[self.dim] if shape[self.dim] else 0
+        return shape[self.dim]
+
+    def _slices(self, x: Tensor) -> Tensor:
+        return x.movedim(self.dim, 0).reshape(self._units(x.shape), -1)
 
     def keep_for(self, shape: Sequence[int], sparsity: float) -> int:
         """Channels are counted: ``floor(channels * sparsity)`` go."""
-        return keep_count(shape[self.dim], sparsity) * self._other(shape)
+        units = self._units(shape)
+        return _positions(keep_count(units, sparsity), units, math.prod(shape))
 
     def reachable(self, shape: Sequence[int], keep: int) -> int:
-        """Whole channels only, at least one."""
-        return max(1, keep // self._other(shape)) * self._other(shape)
+        """Whole channels, at least one."""
+        units, n = self._units(shape), math.prod(shape)
+        return _positions(_kept_units(keep, units, n), units, n)
 
     def select(self, scores: Tensor, keep: int) -> Tensor:
-        """The best channels by mean score, at least one."""
-        other = self._other(scores.shape)
-        flat = scores.movedim(self.dim, 0).reshape(scores.shape[self.dim], -1)
-        kept = top_k_mask(flat.double().mean(dim=1), max(1, keep // other))
+        """The best channels by mean score, as many as ``keep`` fills, at least one."""
+        slices = self._slices(_wide(scores))
+        kept = top_k_mask(slices.mean(dim=1), _kept_units(keep, len(slices), scores.numel()))
         shape = [1] * scores.ndim
         shape[self.dim] = -1
         return kept.view(shape).expand(scores.shape).contiguous()
 
     def violations(self, mask: Tensor) -> int:
         """Channels that are kept in part."""
-        flat = mask.movedim(self.dim, 0).reshape(mask.shape[self.dim], -1)
-        return int((flat.any(dim=1) & ~flat.all(dim=1)).sum())
+        slices = self._slices(mask)
+        return int((slices.any(dim=1) & ~slices.all(dim=1)).sum())
+
+
+def _wide(scores: Tensor) -> Tensor:
+    """Scores in a dtype that sums well: float64 for float64 and integers, else float32."""
+    narrow = scores.is_floating_point() and scores.dtype != torch.float64
+    return scores.detach().to(torch.float32 if narrow else torch.float64)
 
 
 def get_pattern(pattern: Pattern | str | None) -> Pattern:
@@ -293,7 +327,9 @@ def get_pattern(pattern: Pattern | str | None) -> Pattern:
         return pattern
     if pattern is None:
         return Unstructured()
-    name, _, options = str(pattern).partition(":")
+    if not isinstance(pattern, str):
+        raise TypeError(f"a pattern is a Pattern, a name or None, got {pattern!r}")
+    name, _, options = pattern.partition(":")
     try:
         if name.isdigit():
             return NM(int(name), int(options))
@@ -304,8 +340,10 @@ def get_pattern(pattern: Pattern | str | None) -> Pattern:
             return Block(int(h), int(w))
         if name == "channel" and options:
             return Channel(int(options))
+        if name in patterns and options:
+            raise ValueError(f"{name!r} takes no options")
     except ValueError as error:
         raise ValueError(
             f"cannot read pattern {pattern!r} ({error}); write for example '2:4', 'row', 'block:16x1', 'channel:0'"
         ) from None
-    return patterns[name]()
+    return patterns[pattern]()

@@ -38,9 +38,7 @@ class Registry(Generic[T]):
 
         def add(item: T) -> T:
             if name in self._items and not replace:
-                raise ValueError(
-                    f"{self.kind} {name!r} is registered already; pass replace=True to replace it"
-                )
+                raise ValueError(f"{self.kind} {name!r} is registered already; pass replace=True to replace it")
             self._items[name] = item
             return item
 
@@ -50,9 +48,7 @@ class Registry(Generic[T]):
         try:
             return self._items[name]
         except (KeyError, TypeError):
-            raise ValueError(
-                f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self._items))}"
-            ) from None
+            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self._items))}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._items

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from resu.core.registry import Registry
+
 __all__ = ["Cadence", "Constant", "Cosine", "Cubic", "Every", "Linear", "Schedule", "schedules"]
 
 
@@ -36,6 +38,10 @@ class Constant:
         return self.value
 
 
+# `linear`, `cubic`, `cosine`: classes made as ``(start, end, begin_step, end_step)``.
+schedules: Registry[type[_Ramp]] = Registry("schedule")
+
+
 @dataclass(frozen=True)
 class _Ramp:
     """From ``start`` at ``begin_step`` to exactly ``end`` at ``end_step`` and ever after."""
@@ -47,9 +53,7 @@ class _Ramp:
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin_step <= self.end_step:
-            raise ValueError(
-                f"a schedule needs 0 <= begin_step <= end_step, got {self.begin_step} and {self.end_step}"
-            )
+            raise ValueError(f"a schedule needs 0 <= begin_step <= end_step, got {self.begin_step} and {self.end_step}")
 
     def _shape(self, progress: float) -> float:
         raise TypeError("use Linear, Cubic or Cosine")
@@ -65,6 +69,7 @@ class _Ramp:
         return self.end + (self.start - self.end) * self._shape(progress)
 
 
+@schedules.register("linear")
 @dataclass(frozen=True)
 class Linear(_Ramp):
     """Straight line from ``start`` to ``end``."""
@@ -73,6 +78,7 @@ class Linear(_Ramp):
         return 1.0 - progress
 
 
+@schedules.register("cubic")
 @dataclass(frozen=True)
 class Cubic(_Ramp):
     """``s_t = s_f + (s_i - s_f) (1 - (t - t0) / (n Δt))^3`` (Zhu & Gupta, arXiv 1710.01878, eq. 1).
@@ -87,15 +93,13 @@ class Cubic(_Ramp):
         return (1.0 - progress) ** 3
 
 
+@schedules.register("cosine")
 @dataclass(frozen=True)
 class Cosine(_Ramp):
     """Half a cosine from ``start`` to ``end``."""
 
     def _shape(self, progress: float) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-schedules: dict[str, type[_Ramp]] = {"linear": Linear, "cubic": Cubic, "cosine": Cosine}
 
 
 @dataclass(frozen=True)
