@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from resu.core.counting import positions
 from resu.core.mask import CHUNK, SparseMask, unpack_bits
 from resu.core.quantization import offsets, unpack_codes
 
@@ -25,21 +25,10 @@ __all__ = [
     "gather_active",
     "gather_theta",
     "init_theta",
-    "positions",
     "row_offsets",
     "scatter_theta_",
     "sigma_active",
 ]
-
-
-def positions(bits: Tensor) -> Tensor:
-    """Flat int64 indices of the True elements of a bool tensor.
-
-    On the CPU numpy does it, ten times faster than ``torch.nonzero`` under a random mask.
-    """
-    if bits.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(bits.numpy()))
-    return bits.view(-1).nonzero().view(-1)
 
 
 def _as_rows(mask: SparseMask) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resu.core.counting import top_k_mask
+from resu.core.counting import positions, top_k_mask
 
 __all__ = [
     "SelectionConfig",
@@ -30,6 +30,8 @@ __all__ = [
     "share",
     "update_averages_",
 ]
+
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,19 @@ def select(grad: Tensor, stability: Tensor, config: SelectionConfig) -> Tensor:
         >>> select(g, torch.tensor([0.1, 0.9, 0.9, 0.9]), SelectionConfig(k_select_ratio=0.5))
         tensor([1])
     """
-    n = grad.numel()
-    if n == 0:
-        return torch.empty(0, dtype=torch.int64, device=grad.device)
-    size = grad.abs()
-    candidates = top_k_mask(size, share(n, config.k_screen_ratio)) & (stability > config.tau_stable)
-    index = candidates.nonzero().view(-1)
-    limit = share(n, config.k_select_ratio)
+    n, size = grad.numel(), grad.abs()
+    screen, limit = share(n, config.k_screen_ratio), share(n, config.k_select_ratio)
+    index = positions(stability > config.tau_stable)
+    # The screened ones are the head of all coordinates in order of |g|, so the best of the consistent ones
+    # may be taken first, and a selection over all coordinates is needed only where the screening cuts into
+    # them.
     if index.numel() > limit:
-        index = index[top_k_mask(size.index_select(0, index), limit)]
+        index = index.index_select(0, positions(top_k_mask(size.index_select(0, index), limit)))
+    if screen < n and index.numel():
+        least = size.index_select(0, index).amin()
+        if int(torch.count_nonzero(size >= least)) > screen:
+            inside = top_k_mask(size, screen).index_select(0, index)
+            index = index.index_select(0, positions(inside))
     return index
 
 
@@ -153,12 +159,14 @@ def selective_update_(
     The averages must be in the precision wanted for the rule (float32 or float64); ``theta`` may be lower.
     """
     grad = grad.to(m.dtype)
-    update_averages_(m, v, grad, config.beta)
-    stability = consistency(m, v, config.delta)
+    n = grad.numel()
+    stability = torch.empty_like(grad)
+    for start in range(0, n, _CHUNK):  # several passes over values that stay in the cache
+        part = slice(start, start + _CHUNK)
+        update_averages_(m[part], v[part], grad[part], config.beta)
+        stability[part] = consistency(m[part], v[part], config.delta)
     index = select(grad, stability, config)
-    old = theta.index_select(0, index)
-    wide = old.to(m.dtype)
+    wide = theta.index_select(0, index).to(m.dtype)
     step = stability.index_select(0, index) * grad.index_select(0, index) + weight_decay * wide
-    theta.index_copy_(0, index, (wide - lr * step).to(theta.dtype))
-    mean = float(stability.mean()) if grad.numel() else 0.0
-    return SelectionStats(mean, index.numel(), grad.numel())
+    theta.scatter_(0, index, (wide - lr * step).to(theta.dtype))
+    return SelectionStats(float(stability.mean()) if n else 0.0, index.numel(), n)

@@ -32,8 +32,7 @@ _PACKED = "Tensor codes, Tensor bitmask, Tensor scale, Tensor zero, Tensor offse
 _CONV = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 _library.define(f"assembled_linear(Tensor x, Tensor theta, Tensor? bias, {_PACKED}) -> Tensor")
 _library.define(
-    f"assembled_linear_backward(Tensor grad, Tensor x, Tensor theta, {_PACKED}, bool[2] needs)"
-    " -> (Tensor, Tensor)"
+    f"assembled_linear_backward(Tensor grad, Tensor x, Tensor theta, {_PACKED}, bool[2] needs) -> (Tensor, Tensor)"
 )
 _library.define(f"assembled_conv2d(Tensor x, Tensor theta, Tensor? bias, {_PACKED}, {_CONV}) -> Tensor")
 _library.define(
@@ -194,12 +193,8 @@ for _name, _function, _fake in (
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resu::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "resu::assembled_linear", _linear_autograd, setup_context=_setup, lib=_library
-)
-torch.library.register_autograd(
-    "resu::assembled_conv2d", _conv2d_autograd, setup_context=_setup, lib=_library
-)
+torch.library.register_autograd("resu::assembled_linear", _linear_autograd, setup_context=_setup, lib=_library)
+torch.library.register_autograd("resu::assembled_conv2d", _conv2d_autograd, setup_context=_setup, lib=_library)
 
 
 def _arguments(rows: PackedRows) -> tuple[Any, ...]:
@@ -215,15 +210,11 @@ def _autocast(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != dtype:
-        raise RuntimeError(
-            f"input has dtype {x.dtype} but the layer has {dtype}; convert one or use autocast"
-        )
+        raise RuntimeError(f"input has dtype {x.dtype} but the layer has {dtype}; convert one or use autocast")
     return x, bias
 
 
-def assembled_linear(
-    x: Tensor, theta: Tensor, bias: Tensor | None, rows: PackedRows, dtype: torch.dtype
-) -> Tensor:
+def assembled_linear(x: Tensor, theta: Tensor, bias: Tensor | None, rows: PackedRows, dtype: torch.dtype) -> Tensor:
     """``x @ W_eff.T + bias`` for ``x`` of shape ``[…, in]``; gradients flow to x, θ and bias.
 
     Args:

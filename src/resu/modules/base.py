@@ -95,8 +95,7 @@ class RESUModule(HeldWeight):
             mask = SparseMask(mask)
         if mask.shape != self._weight_shape:
             raise ValueError(
-                f"mask of shape {tuple(mask.shape)} does not fit the weight of shape "
-                f"{tuple(self._weight_shape)}"
+                f"mask of shape {tuple(mask.shape)} does not fit the weight of shape {tuple(self._weight_shape)}"
             )
         self._become_sparse(mask.to(self.weight.device))
 

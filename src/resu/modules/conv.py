@@ -70,9 +70,7 @@ class RESUConv2d(RESUModule, nn.Conv2d):
         sums = x.new_empty(x.shape[1], kh, kw)
         for i in range(kh):
             for j in range(kw):
-                seen = x[
-                    :, :, i * dh : i * dh + sh * (oh - 1) + 1 : sh, j * dw : j * dw + sw * (ow - 1) + 1 : sw
-                ]
+                seen = x[:, :, i * dh : i * dh + sh * (oh - 1) + 1 : sh, j * dw : j * dw + sw * (ow - 1) + 1 : sw]
                 sums[:, i, j] = seen.sum(dim=(0, 2, 3))
         self._add_squares(sums)
 

@@ -65,9 +65,7 @@ def convert_to_resu(
                 continue
             replaced[id(module)] = new
             aliases = {
-                f"{n}.weight" if n else "weight"
-                for n, m in model.named_modules(remove_duplicate=False)
-                if m is module
+                f"{n}.weight" if n else "weight" for n, m in model.named_modules(remove_duplicate=False) if m is module
             }
             new._shared_with = tuple(n for n in names[id(new.weight)] if n not in aliases)
         if not module_name:

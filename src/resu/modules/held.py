@@ -134,9 +134,7 @@ class HeldWeight(ActivationCapture, nn.Module):
         if not self.mode.quantized:
             weight = self.weight
             return weight
-        weight = assembled_weight(
-            self._theta_parameter(), self._rows(), self._known_mask(), self.weight_dtype
-        )
+        weight = assembled_weight(self._theta_parameter(), self._rows(), self._known_mask(), self.weight_dtype)
         return weight
 
     def theta_values(self) -> Tensor:

@@ -68,9 +68,7 @@ class RESULinear(RESUModule, nn.Linear):
             self._record(input)
         mode = self._settings.mode
         if mode.quantized:
-            return assembled_linear(
-                input, self._theta_parameter(), self.bias, self._rows(), self.weight_dtype
-            )
+            return assembled_linear(input, self._theta_parameter(), self.bias, self._rows(), self.weight_dtype)
         weight = self.weight
         if use_sparse and mode is RESUMode.SPARSE:
             y = sparse_linear(self, input, weight, self.bias)
@@ -86,8 +84,7 @@ class RESULinear(RESUModule, nn.Linear):
     def _norms_like_weight(self, norms: Tensor) -> Tensor:
         if norms.shape != (self.in_features,):
             raise ValueError(
-                f"activation_norms has shape {tuple(norms.shape)}, expected one norm per input "
-                f"({self.in_features},)"
+                f"activation_norms has shape {tuple(norms.shape)}, expected one norm per input ({self.in_features},)"
             )
         return norms
 

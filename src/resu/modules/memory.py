@@ -96,9 +96,7 @@ class MemoryReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
 
         def line(row: Sequence[str]) -> str:
-            cells = (
-                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
+            cells = (c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             return "  ".join(cells).rstrip()
 
         rule = "-" * len(line(head))
@@ -270,9 +268,9 @@ def predict_memory(
         if mode.quantized:
             size["codes"] = -(-active * bits // 8)
             exact = 8 if dtype == torch.float64 else 4
-            size["scales"] = 2 * exact * (rows if qscheme == SCHEMES[0] else 1) + (
-                4 if active < 2**31 else 8
-            ) * (rows + 1)
+            size["scales"] = 2 * exact * (rows if qscheme == SCHEMES[0] else 1) + (4 if active < 2**31 else 8) * (
+                rows + 1
+            )
             size["theta"] = (n - active) * trained_dtype.itemsize
         else:
             size["theta"] = (n - active) * dtype.itemsize if mode is RESUMode.RESU else 0

@@ -63,9 +63,7 @@ LEGAL: dict[RESUMode, tuple[str, ...]] = {
 def illegal(call: str, mode: RESUMode, hint: str = "") -> ModeError:
     """The error for ``call`` in ``mode``."""
     legal = ", ".join(f"{name}()" for name in LEGAL[mode])
-    return ModeError(
-        f"{call}() is illegal in mode {mode.name}{f': {hint}' if hint else ''}; legal calls are {legal}"
-    )
+    return ModeError(f"{call}() is illegal in mode {mode.name}{f': {hint}' if hint else ''}; legal calls are {legal}")
 
 
 _MODES = list(RESUMode)

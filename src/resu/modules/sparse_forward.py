@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resu.core.counting import positions
 from resu.core.mask import SparseMask
-from resu.core.resurrection import positions, row_offsets
+from resu.core.resurrection import row_offsets
 
 if TYPE_CHECKING:
     from resu.modules.held import HeldWeight

@@ -62,9 +62,7 @@ def _problem(layer: HeldWeight, settings: Settings, given: dict[str, Any]) -> st
     return None
 
 
-def prepare(
-    layer: HeldWeight, state_dict: dict[str, Any], prefix: str, errors: list[str]
-) -> dict[str, Any] | None:
+def prepare(layer: HeldWeight, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> dict[str, Any] | None:
     """Bring ``layer`` into the mode of ``state_dict``, ready to receive its tensors.
 
     Returns:
@@ -82,22 +80,16 @@ def prepare(
     if packed is None:
         stray = [name for name in _OWN if name in given]
         if stray:
-            errors.append(
-                f"{where}: holds {', '.join(stray)} but not {SETTINGS}; the checkpoint is incomplete"
-            )
+            errors.append(f"{where}: holds {', '.join(stray)} but not {SETTINGS}; the checkpoint is incomplete")
             return None
         weight = given.get("weight")
         if not isinstance(weight, Tensor):
             if layer.mode.quantized:
-                errors.append(
-                    f"{where}: the checkpoint has neither a weight nor the state of mode {layer.mode.name}"
-                )
+                errors.append(f"{where}: the checkpoint has neither a weight nor the state of mode {layer.mode.name}")
                 return None
             return rest
         if weight.shape != layer.weight_shape:
-            errors.append(
-                f"{where}: weight has shape {tuple(weight.shape)}, expected {tuple(layer.weight_shape)}"
-            )
+            errors.append(f"{where}: weight has shape {tuple(weight.shape)}, expected {tuple(layer.weight_shape)}")
             return None
         if layer.mode is not RESUMode.DENSE:  # a plain layer's checkpoint makes it a plain layer
             _to_dense(layer)
@@ -108,9 +100,7 @@ def prepare(
     except (ValueError, TypeError, AttributeError) as error:
         problem = f"{SETTINGS}: {error}"
     if problem is None and settings.mode.quantized and layer._shared_with:
-        problem = (
-            f"its weight is shared with {', '.join(layer._shared_with)}; mode {settings.mode.name} frees it"
-        )
+        problem = f"its weight is shared with {', '.join(layer._shared_with)}; mode {settings.mode.name} frees it"
     if problem is not None:
         errors.append(f"{where}: {problem}")
         return None
@@ -147,9 +137,7 @@ def _enter(layer: HeldWeight, settings: Settings, given: dict[str, Any]) -> None
             layer.weight.requires_grad_(True)
             layer.weight.grad = None
     else:
-        codes, scale, zero = (
-            given[name].detach().to(device, copy=True) for name in ("codes", "scale", "zero")
-        )
+        codes, scale, zero = (given[name].detach().to(device, copy=True) for name in ("codes", "scale", "zero"))
         fresh = torch.empty(mask.n_pruned, dtype=settings.theta_dtype, device=device)
         layer._offsets = None
         layer._install_quantized(settings, mask, codes, scale, zero, fresh)
