@@ -209,11 +209,11 @@ def top_k_rows(scores: Tensor, keep: int | Sequence[int] | Tensor) -> Tensor:
     threshold = _kth_largest(values, keep)
     mask = values > threshold
     tied = values == threshold
-    places = keep - mask.sum(dim=1, keepdim=True)
-    if rows == 1:  # one long row: nonzero is far cheaper than a cumulative sum
-        index = positions(tied)[: int(places)]
+    if rows == 1:  # one long row: indices are far cheaper than a cumulative sum
+        index = positions(tied)[: keep - int(torch.count_nonzero(mask))]
         mask.view(-1)[index] = True
         return mask
+    places = keep - mask.sum(dim=1, keepdim=True)
     return mask | (tied & (tied.cumsum(dim=1) <= places))
 
 
@@ -260,9 +260,9 @@ def _narrowed(values: Tensor, k: int) -> tuple[Tensor, int]:
     high = sample[first] if first >= 0 else values.amax()
     low = sample[last] if last < size else values.amin()
     near = values <= high
-    above = n - int(near.sum())
+    above = n - int(torch.count_nonzero(near))
     near &= values >= low
-    inside = int(near.sum())
+    inside = int(torch.count_nonzero(near))
     if not 0 < k - above <= inside:
         return values, k
     if bool(high == low):
