@@ -1,8 +1,7 @@
 """How a network becomes sparse: every method of the comparison as data.
 
 A method turns a :class:`Plan` (how sparse, how many steps, from where) into a :class:`Setting`, which is
-plain values: what ran is written beside each result. Where a method has something to tune it was tuned on
-held-out data at the same cost as all others, the baselines as much as the rest.
+plain values: what ran is written beside each result. How much each was tuned is said in docs/honest.md.
 """
 
 from __future__ import annotations
