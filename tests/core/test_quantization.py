@@ -132,3 +132,13 @@ def test_wrong_input():
         quantize(torch.ones(2, 2), mask=torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="uint8"):
         pack_codes(torch.ones(3), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@SCHEMES
+def test_the_weight_itself_is_not_touched(dtype, scheme):
+    w = torch.randn(5, 7, dtype=dtype)
+    before = w.clone()
+    quantize(w, 4, scheme)
+    quantize(w, 4, scheme, torch.rand(5, 7) > 0.5)
+    assert torch.equal(w, before)

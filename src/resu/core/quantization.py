@@ -9,12 +9,14 @@ lose what the zero point is for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from resu.core.counting import check_finite
+from resu.core.mask import CHUNK
 
 __all__ = ["Quantized", "check_bits", "dequantize", "offsets", "pack_codes", "quantize", "unpack_codes"]
 
@@ -73,37 +75,61 @@ def quantize(w: Tensor, bits: int = 4, scheme: str = "per_channel", mask: Tensor
     if mask is not None and mask.shape != w.shape:
         raise ValueError(f"mask of shape {tuple(mask.shape)} used on a weight of shape {tuple(w.shape)}")
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-    values = w.detach().to(dtype)
-    if mask is not None:
-        values = values.masked_fill(~mask, 0)
-    check_finite(values, "the active weights")
-    n = w.shape[0] if w.ndim > 1 and scheme == "per_channel" else 1
+    codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
+    n = w.shape[0] if w.ndim > 1 else 1
     if w.numel() == 0:
-        none = torch.zeros(n, dtype=dtype, device=w.device)
-        return Quantized(torch.zeros(w.shape, dtype=torch.uint8, device=w.device), none, none.clone())
-    rows = values.reshape(n, -1)
-    if mask is None:
-        low, high = rows.aminmax(dim=1)
-    else:
-        hole = ~mask.reshape(rows.shape)
-        low = rows.masked_fill(hole, torch.inf).amin(dim=1)
-        high = rows.masked_fill(hole, -torch.inf).amax(dim=1)
-        empty = low > high
-        low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
-    levels = 2**bits - 1
+        none = torch.zeros(n if scheme == "per_channel" else 1, dtype=dtype, device=w.device)
+        return Quantized(codes, none, none.clone())
+    rows, active = w.detach().reshape(n, -1), None if mask is None else mask.reshape(n, -1)
+    low, high = _ranges(rows, active, dtype)
+    if scheme == "per_tensor":
+        low, high = low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True)
+    empty = low > high
+    low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
     check_finite(high - low, "the range of the active weights")
+    levels = 2**bits - 1
     scale = ((high.double() - low.double()) / levels).to(dtype)
     # A range too small for a step of its own is a constant row: code 0, scale |c|, zero -sign(c) gives c
     # exactly.
     flat = (scale == 0) | (low == high)
-    scale = torch.where(flat, low.abs(), scale)
-    zero = torch.where(flat, -low.sign(), -low.double() / torch.where(flat, torch.ones_like(scale), scale))
-    step = torch.where(flat, torch.ones_like(scale), scale).unsqueeze(1)
-    codes = ((rows.double() - low.double().unsqueeze(1)) / step).round_().clamp_(0, levels)
-    codes = codes.masked_fill_(flat.unsqueeze(1), 0).to(torch.uint8).reshape(w.shape)
-    if mask is not None:
-        codes = codes.masked_fill_(~mask, 0)
-    return Quantized(codes, scale, zero.to(dtype))
+    step = scale.double().masked_fill(flat, torch.inf).unsqueeze(1)  # x / inf = 0
+    zero = torch.where(flat, -low.sign().double(), -low.double() / step.squeeze(1)).to(dtype)
+    start = low.double().unsqueeze(1)
+    for part in _parts(rows):
+        own = slice(None) if scheme == "per_tensor" else part
+        values = (rows[part].double() - start[own]).div_(step[own]).round_().clamp_(0, levels)
+        if active is not None:
+            values.masked_fill_(~active[part], 0)
+        codes.view(n, -1)[part] = values.to(torch.uint8)
+    return Quantized(codes, torch.where(flat, low.abs(), scale), zero)
+
+
+def _parts(rows: Tensor) -> Iterator[slice]:
+    """Row slices of a moderate number of weights, so that nothing wide of the weight's size is made."""
+    step = max(1, CHUNK // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, min(start + step, rows.shape[0]))
+
+
+def _ranges(rows: Tensor, active: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Smallest and largest active value of each row; ``(inf, -inf)`` where there is none."""
+    low = torch.empty(rows.shape[0], dtype=dtype, device=rows.device)
+    high = low.clone()
+    for part in _parts(rows):
+        values = rows[part].to(dtype)
+        if active is None:
+            low[part], high[part] = values.amin(dim=1), values.amax(dim=1)
+        else:
+            hole = ~active[part]
+            low[part] = values.masked_fill(hole, torch.inf).amin(dim=1)
+            high[part] = values.masked_fill(hole, -torch.inf).amax(dim=1)
+    bad = low.isnan() | high.isnan() | (low == -torch.inf) | (high == torch.inf)
+    if bool(bad.any()):
+        raise ValueError(
+            f"the active weights hold NaN or infinite values in {int(bad.sum())} of {len(bad)} rows; "
+            "clean the weights before quantizing"
+        )
+    return low, high
 
 
 def offsets(scale: Tensor, zero: Tensor) -> Tensor:
@@ -135,9 +161,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def unpack_codes(
-    packed: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype = torch.uint8
-) -> Tensor:
+def unpack_codes(packed: Tensor, start: int, stop: int, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Codes number ``start`` up to ``stop``, 1-D, as ``dtype`` (uint8 or a floating dtype).
 
     Example:
