@@ -93,20 +93,18 @@ def gradual(plan: Plan) -> Setting:
     return _sparsifier("magnitude", plan, begin_step=plan.at(begin), end_step=plan.at(end), interval=interval)
 
 
-def _dormant(plan: Plan, gamma: float, interval: int, ramp: float = 0.5, until: float = 0.7, **more: Any) -> Setting:
+def _dormant(plan: Plan, ramp: float = 0.5, until: float = 0.7, **more: Any) -> Setting:
     """One shot in fine-tuning, a cubic ramp from scratch; after ``until`` the mask is frozen."""
     options: dict[str, Any] = {"initial_sparsity": None, "end_step": plan.at(until)}
     if plan.regime == "scratch":
         options |= {"initial_sparsity": 0.0, "ramp_end_step": plan.at(ramp)}
-    return _sparsifier("resu", plan, **options, interval=interval, gamma=gamma, **more)
+    return _sparsifier("resu", plan, **options, **more)
 
 
 @methods.register("resu")
 def resu(plan: Plan) -> Setting:
     """Dormant resurrection with a tournament at every step, as recommended for each situation."""
-    if plan.regime == "finetune":
-        return _dormant(plan, gamma=2.0, interval=1)
-    return _dormant(plan, gamma=1.0, interval=1, until=0.9, fresh_state=False)
+    return _dormant(plan, until=0.7 if plan.regime == "finetune" else 0.9)
 
 
 @methods.register("dormant-0.3")

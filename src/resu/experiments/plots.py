@@ -32,8 +32,8 @@ PHASE_COLOURS = {
     "train": "#FFFFFF",
     "stabilize": "#E69F00",
     "resurrection: θ trains": "#009E73",
-    "ramp": "#CC79A7",
-    "tournaments": "#009E73",
+    "ramp": "#999999",
+    "tournaments": "#CC79A7",
     "fixed mask": "#56B4E9",
 }
 

@@ -74,7 +74,7 @@ class RESUConfig:
         amnesty_score_type: Ranking in the tournament: \\|w\\|, \\|w·g\\| or \\|w\\|·‖x‖.
         resurrection: ``"inline"``: θ acts in the forward pass of the RESU phase. ``"dormant"``: θ learns from the
             masked pass in all phases and competes to return (:class:`~resu.training.algorithms.RESU`).
-        theta_damping: γ of dormant θ.
+        theta_damping: γ of dormant θ; None: 2 where all cycles have one target, else 1.
         tournament_interval: Steps between dormant tournaments.
         freeze_fraction: Last share of the run with a frozen mask (dormant).
         pruning_method: Any registered importance.
@@ -118,8 +118,8 @@ class RESUConfig:
     amnesty_r_end: float = 0.02
     amnesty_score_type: str = "magnitude"
     resurrection: str = "inline"
-    theta_damping: float = 0.3
-    tournament_interval: int = 16
+    theta_damping: float | None = None
+    tournament_interval: int = 1
     freeze_fraction: float = 0.3
     pruning_method: str = "magnitude"
     distribution: str = "global"
@@ -176,7 +176,7 @@ class RESUConfig:
             raise ValueError(
                 f"resu_lr must be positive and resu_epsilon not negative, got {self.resu_lr!r}, {self.resu_epsilon!r}"
             )
-        if not self.theta_damping > 0:
+        if self.theta_damping is not None and not self.theta_damping > 0:
             raise ValueError(f"theta_damping must be positive, got {self.theta_damping!r}")
         self.selection()
         self._check_combinations()

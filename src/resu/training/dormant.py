@@ -61,6 +61,7 @@ class DormantPlan:
                 interval=config.tournament_interval,
                 end_step=self.freeze_step,
                 gamma=config.theta_damping,
+                initial_sparsity=None if len(set(targets)) == 1 else 0.0,
                 stages=targets,
                 stage_steps=config.steps_per_cycle,
             ),

@@ -176,7 +176,7 @@ class Sparsifier:
     @torch.no_grad()
     def _absorb(self) -> None:
         """θ += γ·Δ: take what the optimizer did at pruned positions out of the weight."""
-        gamma = self.algorithm.gamma  # type: ignore[attr-defined]
+        gamma = self.algorithm.damping
         for name, theta in self._theta.items():
             constraint, weight = self._constraints[name], self.layers[name].weight
             held = constraint.held()

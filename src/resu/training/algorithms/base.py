@@ -68,6 +68,11 @@ class Algorithm(ABC):
         Every(self.interval, self.begin_step, self.end_step)
 
     @property
+    def damping(self) -> float:
+        """Factor on what the optimizer learns at pruned positions, where ``learns_pruned``."""
+        return 1.0
+
+    @property
     def clears_state(self) -> bool:
         """Whether optimizer state of positions that change sides is zeroed."""
         return True

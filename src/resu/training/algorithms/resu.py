@@ -20,34 +20,39 @@ class RESU(Algorithm):
     r"""Dormant resurrection (RESU) beside an unchanged training loop.
 
     θ lives at pruned positions. It is trained by the gradient of the *masked* forward, ``∂L/∂W_eff`` with
-    ``W_eff = M⊙W``, through whatever optimizer the loop uses, damped by ``gamma``: after each step
-    ``θ += γ·Δ`` with Δ the optimizer's update there. It takes no part in the forward. Every ``interval``
-    steps a tournament over \\|W\\| and \\|θ\\| sets the mask; a readmitted position gets its θ as weight, a dropped one
-    keeps its weight as θ. From ``end_step`` on the mask is frozen, θ is gone, and training is ordinary masked
-    training. γ=1 is dynamic pruning with feedback (Lin et al., arXiv 2006.07253); γ=1 with ``interval=1`` is
-    straight-through training.
+    ``W_eff = M⊙W``, through whatever optimizer the loop uses: after each step ``θ += γ·Δ`` with Δ the optimizer's
+    update there. It takes no part in the forward. Every ``interval`` steps a tournament over \|W\| and \|θ\| sets the
+    mask; a readmitted position gets its θ as weight, a dropped one keeps its weight as θ. From ``end_step`` on the
+    mask is frozen, θ is gone, and training is ordinary masked training.
 
-    Give ``end_step`` (two thirds to four fifths of the run is good): without it the mask never settles.
-    Costs what masked training costs on dense hardware, plus one value per weight for θ.
+    Relatives: γ=1 with ``interval=16`` is dynamic pruning with feedback (Lin et al., arXiv 2006.07253); γ=1 with
+    ``interval=1``, one shot and no ``end_step`` is straight-through training. ``docs/honest.md`` compares them.
+
+    Give ``end_step``: 0.7 of the run in one shot, 0.9 with a ramp. Without it the mask never settles. A step costs what
+    masked training costs on dense hardware plus, when due, one selection over all weights (about as much as an
+    optimizer step on them); θ is one more value per weight.
 
     Args:
-        initial_sparsity: Sparsity at ``begin_step``; equal to ``sparsity`` (or None) prunes in one shot.
-        ramp_end_step: Where the cubic ramp reaches the final sparsity; None: at ``end_step``.
-        gamma: Factor on θ's update, > 0; below 1 it damps.
+        initial_sparsity: Sparsity at ``begin_step``, where the cubic ramp starts. None (or ``sparsity``) prunes in one
+            shot, which is best for a trained network; 0 is for training from scratch.
+        ramp_end_step: Where the ramp reaches the final sparsity; None: at ``end_step``.
+        gamma: Factor γ on θ's update, > 0. None: 2 in one shot, 1 with a ramp.
         fresh_state: Zero the optimizer's state at positions that change sides (the contract of every other rule). False
-            lets momenta go on: a position trains on both sides of the mask.
+            lets momenta go on: a position trains on both sides of the mask. None: True in one shot, False with a ramp.
 
     Example:
-        >>> rule = RESU(sparsity=0.9, begin_step=0, ramp_end_step=500, end_step=800)
-        >>> rule.target(500), rule.learning(799), rule.learning(800)
-        (0.9, True, False)
+        >>> rule = RESU(sparsity=0.9, ramp_end_step=500, end_step=800)
+        >>> rule.target(500), rule.learning(799), rule.learning(800), rule.gamma
+        (0.9, True, False, 1.0)
+        >>> RESU(sparsity=0.9, initial_sparsity=None, end_step=700).gamma
+        2.0
     """
 
-    interval: int = 16
+    interval: int = 1
     initial_sparsity: float | None = 0.0
     ramp_end_step: int | None = None
-    gamma: float = 0.3
-    fresh_state: bool = True
+    gamma: float | None = None
+    fresh_state: bool | None = None
 
     learns_pruned: ClassVar[bool] = True
 
@@ -59,7 +64,13 @@ class RESU(Algorithm):
                 raise ValueError(
                     f"initial_sparsity {self.initial_sparsity} is above the final sparsity {self.sparsity}"
                 )
-        if not (self.gamma > 0.0 and math.isfinite(self.gamma)):
+        one_shot = self.initial_sparsity in (None, self.sparsity)
+        # Resolved here, so that a saved state names the values that were used.
+        if self.gamma is None:
+            object.__setattr__(self, "gamma", 2.0 if one_shot else 1.0)
+        if self.fresh_state is None:
+            object.__setattr__(self, "fresh_state", one_shot)
+        if not (self.damping > 0.0 and math.isfinite(self.damping)):
             raise ValueError(f"gamma must be positive and finite, got {self.gamma!r}")
         if self.ramp_end_step is not None:
             last = self.end_step if self.end_step is not None else self.ramp_end_step
@@ -72,7 +83,13 @@ class RESU(Algorithm):
     @property
     def clears_state(self) -> bool:
         """As ``fresh_state`` says."""
-        return self.fresh_state
+        return bool(self.fresh_state)
+
+    @property
+    def damping(self) -> float:
+        """γ."""
+        assert self.gamma is not None
+        return self.gamma
 
     def target(self, step: int) -> float:
         """The ramp's value; 0 before it begins."""
