@@ -12,9 +12,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from resu.core.counting import keep_count
-from resu.experiments.quickstart import LABELS, SWEEP, compare, load_data, verdicts
+from resu.experiments.quickstart import LABELS, SWEEP, compare, load_data
+from resu.experiments.verdicts import verdicts
 
-QUICK = ("--steps", 20, "--seeds", 2)
+QUICK = ("--steps", 20, "--seeds", 2, "--jobs", 1)
 FILES = {
     "accuracy.png",
     "layers.png",
@@ -111,7 +112,7 @@ def test_the_table_and_what_to_do_next(resu, tmp_path):
     out = tmp_path / "out"
     (out / "sub").mkdir(parents=True)
     (out / "mine.txt").write_text("kept")
-    result = resu("quickstart", "--steps", 20, "--seeds", 1, "--no-sweep", "--out", out, "--force")
+    result = resu("quickstart", "--steps", 20, "--seeds", 1, "--no-sweep", "--jobs", 1, "--out", out, "--force")
     assert result.exit_code == 0, result.output
     for label in LABELS.values():
         assert label in result.stdout
@@ -120,24 +121,18 @@ def test_the_table_and_what_to_do_next(resu, tmp_path):
     assert (out / "mine.txt").read_text() == "kept"
 
 
-def test_the_same_seeds_give_the_same_numbers():
-    torch.set_num_threads(1)
+def test_the_same_seeds_give_the_same_numbers_in_any_number_of_processes():
     data = load_data("digits", None)
-    first, second = (compare("digits", data, 0.8, [3], 20, sweep_seeds=0) for _ in range(2))
+    first, second = (compare("digits", data, 0.8, [3], 20, sweep_seeds=0, workers=n) for n in (1, 2))
     for name in LABELS:
         assert torch.equal(first.runs[name][0].correct, second.runs[name][0].correct), name
 
 
 def test_noise_is_called_noise_and_a_difference_a_difference():
-    class Fake:
-        def __init__(self, correct):
-            self.correct = correct
-
     good = torch.arange(1000) % 100 != 0
     same = torch.arange(1000) % 100 != 1
     bad = torch.arange(1000) % 4 != 0
-    runs = {"dense": [], "a": [Fake(good)] * 3, "b": [Fake(same)] * 3, "c": [Fake(bad)] * 3}
-    best, others = verdicts(runs)
+    best, others = verdicts({"a": [good] * 3, "b": [same] * 3, "c": [bad] * 3})
     assert best in ("a", "b")
     found = {verdict.method: verdict for verdict in others}
     assert found.pop("c").is_noise is False
@@ -180,7 +175,7 @@ def test_a_missing_extra_is_named(refused, monkeypatch, tmp_path, module):
 
 
 def test_fashion_mnist_is_read_where_it_lies(resu, data_folder, tmp_path):
-    args = ("--steps", 20, "--seeds", 1, "--no-sweep", "--out", tmp_path / "out", "--json")
+    args = ("--steps", 20, "--seeds", 1, "--no-sweep", "--jobs", 1, "--out", tmp_path / "out", "--json")
     result = resu("quickstart", "--data", "fashion-mnist", "--data-dir", data_folder("fashion_mnist"), *args)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)

@@ -51,11 +51,22 @@ class OneLineErrors(TyperGroup):
     The environment variable ``RESU_TRACEBACK=1`` shows where an error came from instead.
     """
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        def run() -> Any:
+            return super(OneLineErrors, self).main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+            return run()
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = run()
             sys.stdout.flush()
         except BrokenPipeError:  # `resu inspect … | head`: nobody listens any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,7 +74,8 @@ class OneLineErrors(TyperGroup):
         except (typer.Abort, KeyboardInterrupt):
             fail("interrupted", 130)
         except (CliError, ValueError, OSError, ImportError) as error:
-            if os.environ.get("RESU_TRACEBACK"):
+            own = isinstance(error, ImportError) and (error.name or "").startswith("resu")
+            if own or os.environ.get("RESU_TRACEBACK"):
                 raise
             fail(describe_error(error))
         except Exception as error:

@@ -44,6 +44,7 @@ def command(
         int | None, typer.Option(help="Training steps of every run; the default depends on the data.", min=20)
     ] = None,
     sweep: Annotated[bool, typer.Option(help="Also train at 50, 80, 90 and 95 %, for the plot.")] = True,
+    jobs: Annotated[int | None, typer.Option(help="Processes; by default one per core, 4 at most.", min=1)] = None,
     out: Annotated[Path, typer.Option(help="Folder for model, masks and report.")] = Path("resu_quickstart"),
     force: Force = False,
     as_json: Json = False,
@@ -67,25 +68,29 @@ def command(
         require("sklearn", "demo")
 
     from resu.experiments import quickstart
+    from resu.experiments.workers import WorkerDied, default_workers
 
     loaded = quickstart.load_data(data, data_dir)
     output_folder(out, force)
     steps = steps or quickstart.DATA[data][1]
     sweep_seeds = SWEEP_SEEDS if sweep else 0
-    with _one_thread(), progress() as bar:
+    with progress() as bar:
         total = quickstart.count_runs(level, seeds, sweep_seeds)
-        task = bar.add_task("starting", total=total)
-        done = -1
-
-        def on_run(label: str) -> None:
-            nonlocal done
-            done += 1
-            bar.update(task, description=label, completed=done)
-
-        comparison = quickstart.compare(
-            data, loaded, level, range(seeds), steps, sweep_seeds=sweep_seeds, on_run=on_run
-        )
-        bar.update(task, description="saving", completed=total)
+        task = bar.add_task("training", total=total)
+        try:
+            comparison = quickstart.compare(
+                data,
+                loaded,
+                level,
+                range(seeds),
+                steps,
+                sweep_seeds=sweep_seeds,
+                workers=min(jobs or default_workers(), total),
+                on_run=lambda label: bar.update(task, description=label, advance=1),
+            )
+        except WorkerDied as error:
+            raise CliError(f"{error} (--jobs)") from None
+        bar.update(task, description="saving")
         document = _save(out, comparison, data, start)
     if as_json:
         print_json(document)
@@ -93,25 +98,11 @@ def command(
         _tell(document, out)
 
 
-class _one_thread:
-    """One thread while it lasts: faster for small networks, and the same result on every machine."""
-
-    def __enter__(self) -> None:
-        import torch
-
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *error: object) -> None:
-        import torch
-
-        torch.set_num_threads(self.before)
-
-
 def _save(out: Path, comparison: Comparison, data: str, start: float) -> dict[str, Any]:
     """Write model, masks, plots and page; returns the document of ``--json``."""
     from resu.cli import report
-    from resu.experiments.quickstart import LABELS, memory_by_mode
+    from resu.experiments.modes import memory_by_mode
+    from resu.experiments.quickstart import LABELS
     from resu.formats.files import save_checkpoint
     from resu.pruning.mask_ops import save_mask
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from resu.core.layers import select
 from resu.core.mask import SparseMask
 from resu.experiments.data import Dataset
 from resu.experiments.methods import Plan, Setting, methods
-from resu.experiments.plots import Phase, Trace
+from resu.experiments.plots import Trace
 from resu.experiments.recipes import train
 from resu.experiments.tasks import Task, tasks
+from resu.experiments.watch import Watch, phases_of
+from resu.experiments.workers import spread
 
-__all__ = ["DATA", "LABELS", "SWEEP", "Comparison", "Run", "Verdict", "compare", "verdicts"]
+__all__ = ["DATA", "LABELS", "SWEEP", "Comparison", "Run", "compare", "count_runs", "load_data"]
 
 # name in the registry of methods (but for the first two) -> what tables call it
 LABELS = {
@@ -65,7 +67,7 @@ class Run:
     held: int
     model: nn.Module
     masks: dict[str, SparseMask]
-    trace: Trace = field(default_factory=Trace)
+    trace: Trace
 
     @property
     def accuracy(self) -> float:
@@ -105,6 +107,7 @@ def compare(
     steps: int,
     *,
     sweep_seeds: int = 1,
+    workers: int = 1,
     on_run: Callable[[str], None] = lambda label: None,
 ) -> Comparison:
     """Train every method with every seed, all with the same steps, batches and learning rates.
@@ -116,64 +119,84 @@ def compare(
         seeds: One run per method and seed.
         steps: Optimizer steps of every run, dense training and fine-tuning together.
         sweep_seeds: How many of the seeds the sweep over sparsities uses; 0 leaves it out.
-        on_run: Called with a label before each run.
+        workers: Processes; the results do not depend on it.
+        on_run: Called with a label after each run.
     """
-    task = replace(tasks[DATA[data_name][0]], steps=steps)
-    runs: dict[str, list[Run]] = {name: [] for name in LABELS}
-    for seed in seeds:
-        for name in LABELS:
-            on_run(f"{LABELS[name]}, seed {seed}")
-            dense = runs["dense"][-1] if name == "prune-only" else None
-            runs[name].append(one_run(task, name, sparsity, seed, data, dense))
+    levels = [level for level in LEVELS if level != sparsity]
+    jobs = [(name, sparsity, seed) for seed in seeds for name in LABELS if name != "prune-only"]
+    jobs += [(name, level, seed) for seed in tuple(seeds)[:sweep_seeds] for level in levels for name in SWEEP]
+    trained = spread(
+        one_run,
+        (data_name, steps, data),
+        jobs,
+        workers,
+        lambda job: on_run(f"{LABELS[job[0]]} at {100 * job[1]:g} %, seed {job[2]}"),
+    )
+    found = dict(zip(jobs, trained, strict=True))
+    runs = {name: [found[name, sparsity, seed] for seed in seeds] if name != "prune-only" else [] for name in LABELS}
+    runs["prune-only"] = [pruned_only(run, sparsity, data) for run in runs["dense"]]
     sweep: dict[str, dict[float, list[float]]] = {}
-    some = tuple(seeds)[:sweep_seeds]
-    for name in SWEEP if some else ():
-        sweep[name] = {sparsity: [run.accuracy for run in runs[name]]}
-        for level in (s for s in LEVELS if s != sparsity):
-            sweep[name][level] = []
-            for seed in some:
-                on_run(f"{LABELS[name]} at {100 * level:g} %, seed {seed}")
-                sweep[name][level].append(one_run(task, name, level, seed, data).accuracy)
-    return Comparison(task, data, sparsity, tuple(seeds), runs, sweep)
+    if sweep_seeds:
+        sweep = {name: {sparsity: [run.accuracy for run in runs[name]]} for name in SWEEP}
+        for (name, level, _), run in found.items():
+            if level != sparsity:
+                sweep[name].setdefault(level, []).append(run.accuracy)
+    return Comparison(task_of(data_name, steps), data, sparsity, tuple(seeds), runs, sweep)
 
 
 def count_runs(sparsity: float, seeds: int, sweep_seeds: int) -> int:
     """How many networks :func:`compare` trains."""
     levels = sum(level != sparsity for level in LEVELS)
-    return seeds * len(LABELS) + len(SWEEP) * levels * min(seeds, sweep_seeds)
+    return seeds * (len(LABELS) - 1) + len(SWEEP) * levels * min(seeds, sweep_seeds)
 
 
-def one_run(task: Task, name: str, sparsity: float, seed: int, data: Dataset, dense: Run | None = None) -> Run:
-    """Train one network; ``"prune-only"`` prunes the dense one that is given."""
-    if name == "dense":
-        sparsity = 0.0
-    if name == "prune-only":
-        assert dense is not None
-        model, masks, held, trace = *_pruned(dense.model, sparsity), dense.held, Trace()
-    else:
-        plan = Plan(sparsity, task.steps, "scratch")
-        setting = setting_of(name, plan)
-        model = task.model(data, seed)
-        watch = _Watch(model, plan)
-        model, tensors, held = train(task, setting, plan, model, data, seed, watch)
-        masks = {key: SparseMask(mask) for key, mask in tensors.items()}
-        trace = watch.trace
-        trace.phases = phases_of(setting, plan)
+def task_of(data_name: str, steps: int) -> Task:
+    """The task of a data set, with that many steps."""
+    return replace(tasks[DATA[data_name][0]], steps=steps)
+
+
+def one_run(shared: tuple[str, int, Dataset], name: str, sparsity: float, seed: int) -> Run:
+    """Train one network and give it back as a plain one."""
+    data_name, steps, data = shared
+    task = task_of(data_name, steps)
+    plan = Plan(0.0 if name == "dense" else sparsity, steps, "scratch")
+    setting = setting_of(name, plan)
+    model = task.model(data, seed)
+    watch = Watch(model, plan)
+    model, tensors, held = train(task, setting, plan, model, data, seed, watch)
+    plain = task.model(data, seed)
+    trained = dict(model.named_parameters())
+    plain.load_state_dict({key: trained[key].detach() for key, _ in plain.named_parameters()})
+    watch.trace.phases = phases_of(setting, plan)
+    masks = {key: SparseMask(mask) for key, mask in tensors.items()}
+    return _measured(name, plan.sparsity, seed, data, plain, masks, held, watch.trace)
+
+
+def pruned_only(dense: Run, sparsity: float, data: Dataset) -> Run:
+    """The trained network without its smallest weights over all layers, and no step after it."""
+    from resu.training import Sparsifier, Static
+
+    model = copy.deepcopy(dense.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    rule = Static(sparsity=sparsity, init="magnitude")
+    masks = Sparsifier(model, optimizer, rule, distribution="global").commit()
+    return _measured("prune-only", sparsity, dense.seed, data, model, masks, dense.held, Trace())
+
+
+def _measured(
+    name: str,
+    sparsity: float,
+    seed: int,
+    data: Dataset,
+    model: nn.Module,
+    masks: dict[str, SparseMask],
+    held: int,
+    trace: Trace,
+) -> Run:
     kept, total, exact = _count(model, masks, sparsity)
-    return Run(
-        method=name,
-        sparsity=sparsity,
-        seed=seed,
-        val=100.0 * float(_correct(model, data, "val").double().mean()),
-        correct=_correct(model, data, "test"),
-        kept=kept,
-        total=total,
-        zeros_exact=exact,
-        held=held,
-        model=model,
-        masks=masks,
-        trace=trace,
-    )
+    val = 100.0 * float(_correct(model, data, "val").double().mean())
+    right = _correct(model, data, "test")
+    return Run(name, sparsity, seed, val, right, kept, total, exact, held, model, masks, trace)
 
 
 def setting_of(name: str, plan: Plan) -> Setting:
@@ -186,18 +209,6 @@ def setting_of(name: str, plan: Plan) -> Setting:
     tail = plan.at(1 / 3)
     setting = methods[name](replace(plan, steps=plan.steps - tail))
     return replace(setting, tail=setting.tail + tail)
-
-
-def _pruned(dense: nn.Module, sparsity: float) -> tuple[nn.Module, dict[str, SparseMask]]:
-    """A copy of a trained network without its smallest weights over all layers."""
-    import copy
-
-    from resu.training import Sparsifier, Static
-
-    model = copy.deepcopy(dense)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    rule = Static(sparsity=sparsity, init="magnitude")
-    return model, Sparsifier(model, optimizer, rule, distribution="global").commit()
 
 
 def _count(model: nn.Module, masks: Mapping[str, SparseMask], sparsity: float) -> tuple[int, int, bool]:

@@ -26,15 +26,19 @@ class Verdict:
 
 
 def verdicts(correct: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Verdict]]:
-    """The method with the highest mean test accuracy, and every other sparse one against it.
+    """The method with the highest mean test accuracy, and every other one against it.
 
     The standard error joins two sources: which test examples were drawn (both methods see the same ones, so
     the error is that of the mean difference per example) and which seeds (their variance, where there are
     two or more).
+
+    Args:
+        correct: ``{method: [which test examples are right, one tensor per seed]}``, the seeds in the same order.
+
+    Returns:
+        The name of the best, and a verdict on each of the others.
     """
-    rights = {
-        name: stack([run.correct for run in some]).double() for name, some in runs.items() if name != "dense"
-    }
+    rights = {name: stack(list(some)).double() for name, some in correct.items()}
     best = max(rights, key=lambda name: float(rights[name].mean()))
     found = []
     for name, right in rights.items():
@@ -47,5 +51,3 @@ def verdicts(correct: Mapping[str, Sequence[Tensor]]) -> tuple[str, list[Verdict
             variance += float(per_seed.var()) / len(right)
         found.append(Verdict(name, 100 * float(per_example.mean()), 100 * math.sqrt(variance)))
     return best, found
-
-

@@ -63,5 +63,3 @@ def phases_of(setting: Setting, plan: Plan) -> list[Phase]:
             Phase("fixed mask", end, plan.steps),
         ]
     return [Phase("train", 0, plan.steps)]
-
-
