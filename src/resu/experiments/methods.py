@@ -48,7 +48,7 @@ class Setting:
     driver: str
     algorithm: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    distribution: str = "global"
+    distribution: str = "erk"
     tail: int = 0
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ Method = Callable[[Plan], Setting]
 methods: Registry[Method] = Registry("method")
 
 
-def _sparsifier(algorithm: str, plan: Plan, distribution: str = "global", **options: Any) -> Setting:
+def _sparsifier(algorithm: str, plan: Plan, distribution: str = "erk", **options: Any) -> Setting:
     return Setting("sparsifier", algorithm, {"sparsity": plan.sparsity, **options}, distribution)
 
 
@@ -75,25 +75,45 @@ def dense(plan: Plan) -> Setting:
 @methods.register("static")
 def static(plan: Plan) -> Setting:
     """A random mask (ERK) from the first step on."""
-    return _sparsifier("static", plan, "erk", init="random")
+    return _sparsifier("static", plan, init="random")
+
+
+def _one_shot(plan: Plan, distribution: str) -> Setting:
+    begin = 0 if plan.regime == "finetune" else plan.at(0.5)
+    return _sparsifier("static", plan, distribution, init="magnitude", begin_step=begin)
 
 
 @methods.register("one-shot")
 def one_shot(plan: Plan) -> Setting:
-    """Global magnitude once, then masked training: at the start of fine-tuning, half way from scratch."""
-    begin = 0 if plan.regime == "finetune" else plan.at(0.5)
-    return _sparsifier("static", plan, init="magnitude", begin_step=begin)
+    """Magnitude once (ERK), then masked training: at the start of fine-tuning, half way from scratch."""
+    return _one_shot(plan, "erk")
+
+
+@methods.register("one-shot-global")
+def one_shot_global(plan: Plan) -> Setting:
+    """The same, all layers ranked together."""
+    return _one_shot(plan, "global")
+
+
+def _gradual(plan: Plan, distribution: str) -> Setting:
+    begin, end = (0.0, 0.5) if plan.regime == "finetune" else (0.1, 0.6)
+    steps = {"begin_step": plan.at(begin), "end_step": plan.at(end), "interval": max(1, plan.steps // 100)}
+    return _sparsifier("magnitude", plan, distribution, **steps)
 
 
 @methods.register("gradual")
 def gradual(plan: Plan) -> Setting:
-    """Gradual magnitude pruning, global, cubic ramp."""
-    begin, end = (0.0, 0.5) if plan.regime == "finetune" else (0.1, 0.6)
-    interval = max(1, plan.steps // 100)
-    return _sparsifier("magnitude", plan, begin_step=plan.at(begin), end_step=plan.at(end), interval=interval)
+    """Gradual magnitude pruning (ERK), cubic ramp."""
+    return _gradual(plan, "erk")
 
 
-def _dormant(plan: Plan, ramp: float = 0.5, until: float = 0.7, **more: Any) -> Setting:
+@methods.register("gradual-global")
+def gradual_global(plan: Plan) -> Setting:
+    """The same, all layers ranked together."""
+    return _gradual(plan, "global")
+
+
+def _dormant(plan: Plan, ramp: float = 0.5, until: float = 0.85, **more: Any) -> Setting:
     """One shot in fine-tuning, a cubic ramp from scratch; after ``until`` the mask is frozen."""
     options: dict[str, Any] = {"initial_sparsity": None, "end_step": plan.at(until)}
     if plan.regime == "scratch":
@@ -103,8 +123,14 @@ def _dormant(plan: Plan, ramp: float = 0.5, until: float = 0.7, **more: Any) -> 
 
 @methods.register("resu")
 def resu(plan: Plan) -> Setting:
-    """Dormant resurrection with a tournament at every step, as recommended for each situation."""
-    return _dormant(plan, until=0.7 if plan.regime == "finetune" else 0.9)
+    """Dormant resurrection (ERK) with the library's defaults: γ=2 in one shot, γ=1 with a ramp."""
+    return _dormant(plan)
+
+
+@methods.register("resu-every-16")
+def resu_sparse(plan: Plan) -> Setting:
+    """The same with a tournament every 16 steps."""
+    return _dormant(plan, interval=16)
 
 
 @methods.register("dormant-0.3")
@@ -134,7 +160,7 @@ def _cycles(plan: Plan, tail: float = 0.0, **fields: Any) -> Setting:
     start: dict[str, Any] = {"target_sparsity": plan.sparsity, "sparsity_schedule": "constant"}
     if plan.regime == "scratch":
         start = {"target_sparsity": plan.sparsity, "initial_sparsity": 0.0}
-    options = start | {"steps_per_cycle": per_cycle} | tuned
+    options = start | {"steps_per_cycle": per_cycle, "distribution": "erk"} | tuned
     return Setting("cycles", options=options, tail=plan.steps - count * per_cycle)
 
 

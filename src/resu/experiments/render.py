@@ -10,8 +10,8 @@ from resu.experiments.methods import methods
 __all__ = ["ORDER", "render"]
 
 ORDER = (
-    *("dense", "static", "one-shot", "gradual", "feedback", "straight-through"),
-    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3", "resu"),
+    *("dense", "static", "one-shot", "one-shot-global", "gradual", "gradual-global", "feedback", "straight-through"),
+    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3", "resu-every-16", "resu"),
 )
 """Methods in the order of tables: baselines first, then the resurrection methods."""
 
