@@ -161,6 +161,18 @@ def test_simple_commit_merges_all_theta() -> None:
     assert stats.resurrection_rate == 1.0
 
 
+def test_without_a_resu_phase_a_cycle_is_masked_training() -> None:
+    model = mlp()
+    config = RESUConfig(
+        target_sparsity=0.8, num_cycles=2, steps_per_cycle=10, train_fraction=0.5, stabilize_fraction=0.5, resu_fraction=0.0
+    )  # fmt: skip
+    trainer = RESUTrainer(model, config, torch.optim.Adam(model.parameters()), loss_of, progress=False)
+    stats = trainer.train(batches(7))
+    assert [s.n_resurrected for s in stats] == [0, 0]
+    assert_exact(trainer, 0.8)
+    assert sum(int((x.weight != 0).sum()) for x in trainer.layers.values()) == 200
+
+
 def test_accumulation_scaler_scheduler_and_evaluation() -> None:
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -124,7 +124,8 @@ class RESUCycle:
             self._enter()
 
     def _close(self) -> None:
-        if self.trainer.dormant is None and self.phase == "resu":
+        # Without a RESU phase there is no θ, and a tournament would readmit zeros.
+        if self.trainer.dormant is None and self.phase == "resu" and self.plan[self.position][1] > 0:
             self._commit()
 
     def _prune(self) -> None:
