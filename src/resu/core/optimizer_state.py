@@ -33,9 +33,17 @@ def clear_state(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> None:
         optimizer: Holds the state; a parameter it does not know has none.
         parameter: The weight.
         where: Bool of the parameter's shape, or flat int64 indices.
+
+    Raises:
+        TypeError: If a state tensor holds integer codes (8-bit optimizers), where code 0 need not mean 0.
     """
     with torch.no_grad():
-        for value in state_tensors(optimizer, parameter).values():
+        for name, value in state_tensors(optimizer, parameter).items():
+            if not (value.is_floating_point() or value.is_complex()):
+                raise TypeError(
+                    f"{type(optimizer).__name__} keeps {name!r} as {value.dtype} codes, in which single weights "
+                    "cannot be set to zero; use an optimizer with floating-point state for sparse layers"
+                )
             here = where.to(value.device)
             if here.dtype == torch.bool:
                 value.masked_fill_(here, 0)

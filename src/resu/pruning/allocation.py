@@ -7,7 +7,7 @@ An allocation is a function ``(shapes, sparsity, scores) -> {name: keep}`` of ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from resu.core.counting import check_finite, check_sparsity, keep_count, largest_remainder, top_k_mask
 from resu.core.registry import Registry
 
-__all__ = ["Allocation", "allocate", "allocations", "global_masks"]
+__all__ = ["Allocation", "allocate", "allocations", "global_masks", "match_sparsities"]
 
 Allocation = Callable[[Mapping[str, torch.Size], float, Mapping[str, Tensor] | None], dict[str, int]]
 
@@ -64,7 +64,8 @@ def allocate(
         if math.prod(shape) == 0:
             raise ValueError(f"layer {name!r} has no weights (shape {tuple(shape)}); exclude it")
     if isinstance(distribution, Mapping):
-        return _by_glob(distribution, shapes)
+        matched = match_sparsities(distribution, shapes)
+        return {name: keep_count(n, matched.get(name, 0.0)) for name, n in _sizes(shapes).items()}
     check_sparsity(sparsity)
     if isinstance(distribution, str):
         return allocations[distribution](shapes, sparsity, scores)
@@ -78,9 +79,7 @@ def allocate(
 
 def _checked(keeps: Mapping[str, int], shapes: Mapping[str, torch.Size]) -> dict[str, int]:
     if set(keeps) != set(shapes):
-        raise ValueError(
-            f"the distribution gave counts for {sorted(keeps)}, but the layers are {sorted(shapes)}"
-        )
+        raise ValueError(f"the distribution gave counts for {sorted(keeps)}, but the layers are {sorted(shapes)}")
     for name, shape in shapes.items():
         keep, size = keeps[name], math.prod(shape)
         if not isinstance(keep, int) or not 1 <= keep <= size:
@@ -88,20 +87,36 @@ def _checked(keeps: Mapping[str, int], shapes: Mapping[str, torch.Size]) -> dict
     return {name: keeps[name] for name in shapes}
 
 
-def _by_glob(sparsities: Mapping[str, float], shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+def match_sparsities(sparsities: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The sparsity of each layer by the first glob that matches its parameter or module name.
+
+    Args:
+        sparsities: ``{glob: sparsity}``, each in [0, 1).
+        names: Parameter names of the layers.
+
+    Returns:
+        ``{name: sparsity}``; layers matched by no glob are not in it.
+
+    Raises:
+        ValueError: If a glob matches nothing, or a sparsity is out of range.
+
+    Example:
+        >>> match_sparsities({"fc1": 0.5, "*": 0.9}, ["fc1.weight", "fc2.weight"])
+        {'fc1.weight': 0.5, 'fc2.weight': 0.9}
+    """
+    names = list(names)
+
     def matches(glob: str, name: str) -> bool:
         return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
 
+    if not sparsities:
+        raise ValueError("the mapping of sparsities is empty; write for example {'*': 0.5}")
     for glob, value in sparsities.items():
         check_sparsity(value, f"sparsity of {glob!r}")
-        if not any(matches(glob, name) for name in shapes):
-            raise ValueError(f"the glob {glob!r} matches no layer; layers are: {', '.join(shapes)}")
-    return {
-        name: keep_count(
-            math.prod(shape), next((s for glob, s in sparsities.items() if matches(glob, name)), 0.0)
-        )
-        for name, shape in shapes.items()
-    }
+        if not any(matches(glob, name) for name in names):
+            raise ValueError(f"the glob {glob!r} matches no layer; layers are: {', '.join(names)}")
+    found = {name: next((s for glob, s in sparsities.items() if matches(glob, name)), None) for name in names}
+    return {name: s for name, s in found.items() if s is not None}
 
 
 def _sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
@@ -120,9 +135,7 @@ def uniform(
 
 
 @allocations.register("er")
-def er(
-    shapes: Mapping[str, torch.Size], sparsity: float, scores: Mapping[str, Tensor] | None = None
-) -> dict[str, int]:
+def er(shapes: Mapping[str, torch.Size], sparsity: float, scores: Mapping[str, Tensor] | None = None) -> dict[str, int]:
     """Erdős–Rényi: density proportional to ``(in + out) / (in * out)`` (Mocanu et al., arXiv 1707.04780, eq. 1)."""
     return _proportional(shapes, sparsity, {k: sum(s[:2]) * math.prod(s[2:]) for k, s in shapes.items()})
 
@@ -135,9 +148,7 @@ def erk(
     return _proportional(shapes, sparsity, {k: sum(s) for k, s in shapes.items()})
 
 
-def _proportional(
-    shapes: Mapping[str, torch.Size], sparsity: float, weights: dict[str, int]
-) -> dict[str, int]:
+def _proportional(shapes: Mapping[str, torch.Size], sparsity: float, weights: dict[str, int]) -> dict[str, int]:
     """Keep counts proportional to ``weights``; layers that would exceed their size are dense.
 
     ``epsilon * weights[l]`` is layer l's count, with epsilon solved again each time layers become dense. A
@@ -168,14 +179,10 @@ def global_top_k(
     """
     if scores is None or set(scores) != set(shapes):
         missing = sorted(set(shapes) - set(scores or ()))
-        raise ValueError(
-            f"distribution 'global' ranks scores of all layers together; none given for {missing}"
-        )
+        raise ValueError(f"distribution 'global' ranks scores of all layers together; none given for {missing}")
     for name, shape in shapes.items():
         if scores[name].shape != shape:
-            raise ValueError(
-                f"scores of {name!r} have shape {tuple(scores[name].shape)}, its weight {tuple(shape)}"
-            )
+            raise ValueError(f"scores of {name!r} have shape {tuple(scores[name].shape)}, its weight {tuple(shape)}")
     masks = global_masks({name: scores[name] for name in shapes}, sparsity)
     return {name: int(mask.sum()) for name, mask in masks.items()}
 

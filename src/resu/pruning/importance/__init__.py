@@ -1,8 +1,30 @@
-"""Scores of single weights, higher = keep; one small file each. ``importances`` is their registry."""
+"""Scores: how good a weight is. One small file each; importing one registers it."""
 
-from __future__ import annotations
+from resu.pruning.importance import fisher, gradient, magnitude, random, taylor, wanda
+from resu.pruning.importance.base import Importance, importances, register_importance
+from resu.pruning.importance.layers import (
+    compute_layer_importance,
+    gradient_importance,
+    magnitude_importance,
+    random_importance,
+    taylor_importance,
+)
+from resu.pruning.statistics import Stats
 
-from resu.pruning.importance import gradient, magnitude, random, wanda
-from resu.pruning.importance.base import Importance, Stats, importances, register_importance
-
-__all__ = ["Importance", "Stats", "importances", "register_importance"]
+__all__ = [
+    "Importance",
+    "Stats",
+    "compute_layer_importance",
+    "fisher",
+    "gradient",
+    "gradient_importance",
+    "importances",
+    "magnitude",
+    "magnitude_importance",
+    "random",
+    "random_importance",
+    "register_importance",
+    "taylor",
+    "taylor_importance",
+    "wanda",
+]

@@ -1,96 +1,101 @@
-"""What a score is, and what it may look at."""
+"""What an importance is: a function ``(weight, stats) -> scores`` and what it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resu.core.registry import Registry
+from resu.pruning.statistics import NEEDS, Stats
 
-__all__ = ["Importance", "Stats", "importances", "register_importance"]
+__all__ = ["Importance", "importances", "register_importance", "wide"]
 
-_NEEDS = frozenset({"inputs", "grads", "hessian"})
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What is known of one layer beside its weight; what was not collected is None.
-
-    Attributes:
-        grad: Gradient of the loss, of the weight's shape.
-        grad_squared: Mean of the squared gradients, of the weight's shape.
-        input_norm: L2 norm of each input column over all tokens, fp32: ``[in]`` (``[in, kh, kw]`` for a
-            convolution).
-        hessian: ``[in, in]``, ``(2/n) Σ x xᵀ``.
-        generator: For scores that draw.
-    """
-
-    grad: Tensor | None = None
-    grad_squared: Tensor | None = None
-    input_norm: Tensor | None = None
-    hessian: Tensor | None = None
-    generator: torch.Generator | None = None
+Score = Callable[[Tensor, Stats], Tensor]
 
 
 @dataclass(frozen=True)
 class Importance:
-    """A score by name: ``(weight, stats) -> scores``, higher = keep."""
+    """A score per weight, higher = keep.
+
+    Attributes:
+        name: As registered.
+        score: ``(weight [out, in…], stats) -> scores`` of the weight's shape.
+        needs: Which statistics it looks at, of ``{"inputs", "grads", "hessian"}``.
+        scope: Where weights compete unless asked otherwise: ``"tensor"`` or ``"row"``.
+    """
 
     name: str
-    function: Callable[[Tensor, Stats], Tensor]
-    needs: frozenset[str]
+    score: Score
+    needs: frozenset[str] = frozenset()
+    scope: str = "tensor"
 
     def __call__(self, weight: Tensor, stats: Stats | None = None) -> Tensor:
-        """Scores of the weight's shape.
+        """Scores of ``weight``, of its shape.
 
         Raises:
-            ValueError: If a statistic the score needs is missing.
+            ValueError: If a needed statistic is missing, or the score returns another shape.
         """
         stats = stats or Stats()
         if "grads" in self.needs and stats.grad is None and stats.grad_squared is None:
             raise ValueError(
-                f"importance {self.name!r} needs gradients and there are none; run loss.backward() before scoring "
-                "(and zero_grad only after it), or pass batches to collect them"
+                f"importance {self.name!r} needs gradients and there are none; call backward() first, or pass data "
+                "and a loss function"
             )
         if "inputs" in self.needs and stats.input_norm is None:
-            raise ValueError(
-                f"importance {self.name!r} needs input norms and there are none; collect them from calibration "
-                "batches first"
-            )
+            raise ValueError(f"importance {self.name!r} needs input norms and there are none; pass data")
         if "hessian" in self.needs and stats.hessian is None:
-            raise ValueError(f"importance {self.name!r} needs the Hessian of the inputs; collect it first")
-        return self.function(weight, stats)
+            raise ValueError(f"importance {self.name!r} needs a Hessian and there is none; pass data")
+        with torch.no_grad():
+            scores = self.score(weight.detach(), stats)
+        if scores.shape != weight.shape:
+            raise ValueError(
+                f"importance {self.name!r} returned scores of shape {tuple(scores.shape)} for a weight of shape "
+                f"{tuple(weight.shape)}"
+            )
+        return scores
 
 
 importances: Registry[Importance] = Registry("importance")
 
 
 def register_importance(
-    name: str, *, needs: set[str] | frozenset[str] | tuple[str, ...] = (), replace: bool = False
-) -> Callable[[Callable[[Tensor, Stats], Tensor]], Callable[[Tensor, Stats], Tensor]]:
-    """Decorator: make ``(weight, stats) -> scores`` known under ``name`` wherever a method name is taken.
+    name: str, needs: Collection[str] = (), *, scope: str = "tensor", replace: bool = False
+) -> Callable[[Score], Score]:
+    """Decorator that makes a score known by name, everywhere a method name is taken.
 
     Args:
-        name: The name.
-        needs: Which statistics it reads, of ``"inputs"``, ``"grads"``, ``"hessian"``.
-        replace: Allow replacing a name that is taken.
+        name: Its name.
+        needs: Statistics it looks at, of ``"inputs"``, ``"grads"``, ``"hessian"``; only these are collected.
+        scope: Where weights compete by default: ``"tensor"`` or ``"row"``.
+        replace: Whether a registered score of that name may be replaced.
+
+    Raises:
+        ValueError: On an unknown need or scope, or a name that is taken.
 
     Example:
-        >>> @register_importance("squared", replace=True)
-        ... def squared(weight, stats):
-        ...     return weight**2
-        >>> importances["squared"](torch.tensor([-3.0]))
-        tensor([9.])
+        >>> from resu.pruning.importance import importances, register_importance
+        >>> @register_importance("cubed", replace=True)
+        ... def cubed(weight, stats):
+        ...     return weight.abs() ** 3
+        >>> importances["cubed"](torch.tensor([[1.0, -2.0]]))
+        tensor([[1., 8.]])
     """
-    unknown = set(needs) - _NEEDS
+    unknown = set(needs) - NEEDS
     if unknown:
-        raise ValueError(f"unknown needs {sorted(unknown)}; known: {', '.join(sorted(_NEEDS))}")
+        raise ValueError(f"unknown need {', '.join(sorted(unknown))}; known: {', '.join(sorted(NEEDS))}")
+    if scope not in ("tensor", "row"):
+        raise ValueError(f"scope must be 'tensor' or 'row', got {scope!r}")
 
-    def add(function: Callable[[Tensor, Stats], Tensor]) -> Callable[[Tensor, Stats], Tensor]:
-        importances.register(name, replace=replace)(Importance(name, function, frozenset(needs)))
-        return function
+    def add(score: Score) -> Score:
+        importances.register(name, replace=replace)(Importance(name, score, frozenset(needs), scope))
+        return score
 
     return add
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: products of half-precision numbers underflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

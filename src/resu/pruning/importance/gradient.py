@@ -1,21 +1,14 @@
-"""|∂L/∂w| and |w · ∂L/∂w|."""
-
-from __future__ import annotations
+"""|g|."""
 
 from torch import Tensor
 
-from resu.pruning.importance.base import Stats, register_importance
+from resu.pruning.importance.base import register_importance
+from resu.pruning.statistics import Stats
 
 
-@register_importance("gradient", needs=("grads",))
+@register_importance("gradient", needs={"grads"})
 def gradient(weight: Tensor, stats: Stats) -> Tensor:
-    """|∂L/∂w|."""
-    assert stats.grad is not None
+    """``|g|``, g the mean gradient."""
+    if stats.grad is None:
+        raise ValueError("importance 'gradient' needs the mean gradient")
     return stats.grad.abs()
-
-
-@register_importance("taylor", needs=("grads",))
-def taylor(weight: Tensor, stats: Stats) -> Tensor:
-    """|w · ∂L/∂w|, first-order change of the loss (Molchanov et al., arXiv 1611.06440, eq. 7, per weight)."""
-    assert stats.grad is not None
-    return (weight * stats.grad).abs()
