@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from resu.modules.base import RESUMode, RESUModule
-from resu.modules.convert import convert_to_resu, get_resu_modules, resurrection_parameters
 from resu.modules.conv import RESUConv2d
+from resu.modules.convert import convert_to_resu, get_resu_modules, resurrection_parameters
 from resu.modules.linear import RESULinear
 from tests.modules.helpers import enter, small_model
 

@@ -155,8 +155,8 @@ def test_exit_merges_or_drops_theta(kind, mode, commit):
         assert getattr(layer, name) is None
     assert layer.weight.grad is None
     if commit:
-        assert not (layer.weight._post_accumulate_grad_hooks or {})
-        assert not (layer.weight._backward_hooks or {})
+        hooks = (layer.weight._post_accumulate_grad_hooks, layer.weight._backward_hooks)
+        assert not any(hooks)
 
 
 def test_the_weight_is_the_same_parameter_after_qresu():

@@ -12,8 +12,8 @@ from safetensors.torch import load, save
 from torch import nn
 
 from resu.modules.base import RESUMode
-from resu.modules.convert import convert_to_resu, get_resu_modules, resurrection_parameters
 from resu.modules.conv import RESUConv2d
+from resu.modules.convert import convert_to_resu, get_resu_modules, resurrection_parameters
 from resu.modules.linear import RESULinear
 from tests.modules.helpers import MODE_OF, MODES, THETA_MODES, enter, leave, sample, small_model
 
