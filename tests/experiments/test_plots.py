@@ -31,7 +31,7 @@ def test_accuracy_has_a_line_per_method_and_the_sparsities_as_ticks():
     curves = {"a": {0.5: [97.0, 96.0], 0.9: [90.0]}, "b": {0.9: [91.0, 92.0]}}
     ax = picture(plots.draw_accuracy, curves, [97.5])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["50 %", "90 %"]
-    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"a", "b", "dense"}
+    assert {text.get_text() for text in ax.figure.legends[0].get_texts()} == {"a", "b", "dense"}
     assert ax.get_ylabel() == "test accuracy (%)"
 
 

@@ -167,6 +167,7 @@ def _plots(out: Path, comparison: Comparison, memory: Mapping[str, Mapping[str, 
         if name != "dense"
     }
     plots.draw_accuracy(figure.subplots(), curves, [run.accuracy for run in runs["dense"]])
+    plots.legend_below(figure)
     keep("accuracy.png", "Accuracy against sparsity", figure)
 
     figure = plots.new_figure()

@@ -127,7 +127,6 @@ def draw_accuracy(
         ax.axhline(_mean(dense), color="black", linestyle="--", linewidth=1.2, label="dense")
     ax.set_xticks(range(len(levels)), [f"{100 * s:g} %" for s in levels])
     _tidy(ax, title, "sparsity (weights removed)", y)
-    ax.legend(fontsize=8, frameon=False, loc="lower left")
 
 
 def draw_layers(ax: Any, methods: Mapping[str, Mapping[str, float]], title: str = "Sparsity of each layer") -> None:
