@@ -131,18 +131,32 @@ def select(grad: Tensor, stability: Tensor, config: SelectionConfig) -> Tensor:
     """
     n, size = grad.numel(), grad.abs()
     screen, limit = share(n, config.k_screen_ratio), share(n, config.k_select_ratio)
-    index = positions(stability > config.tau_stable)
+    chosen = stability > config.tau_stable
     # The screened ones are the head of all coordinates in order of |g|, so the best of the consistent ones
-    # may be taken first, and a selection over all coordinates is needed only where the screening cuts into
-    # them.
-    if index.numel() > limit:
+    # may be taken first, and a second selection is needed only where the screening cuts into them.
+    count = int(torch.count_nonzero(chosen))
+    if count <= limit:
+        index = positions(chosen)
+    elif count <= n // 2:
+        index = positions(chosen)
         index = index.index_select(0, positions(top_k_mask(size.index_select(0, index), limit)))
+    else:  # indices of so many would take more room than the values
+        index = positions(top_k_mask(_zero_unless(chosen, size), limit))
     if screen < n and index.numel():
         least = size.index_select(0, index).amin()
         if int(torch.count_nonzero(size >= least)) > screen:
             inside = top_k_mask(size, screen).index_select(0, index)
             index = index.index_select(0, positions(inside))
     return index
+
+
+def _zero_unless(chosen: Tensor, size: Tensor) -> Tensor:
+    """``size`` (>= 0) where chosen, in the same order but above 0; 0 elsewhere.
+
+    The bits of a float >= 0 order like integers; the next one up sets a chosen 0 apart.
+    """
+    word = torch.int64 if size.dtype == torch.float64 else torch.int32
+    return ((size.view(word) + 1) & -chosen.view(torch.int8)).view(size.dtype)
 
 
 def selective_update_(
