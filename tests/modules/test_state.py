@@ -290,3 +290,44 @@ def test_load_with_assign(mode):
     layer.load_state_dict(copy.deepcopy(source.state_dict()), assign=True)
     assert _equal(layer.state_dict(), source.state_dict())
     layer(sample(layer)).sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_partial_state_leaves_the_layer_alone(mode):
+    layer = enter(RESULinear(24, 16), mode)
+    known = copy.deepcopy(layer.state_dict())
+    layer.load_state_dict({}, strict=False)
+    assert _equal(layer.state_dict(), known)
+    layer.load_state_dict({"bias": torch.ones(16)}, strict=False)
+    assert torch.equal(layer.bias, torch.ones(16))
+    assert layer.mode is MODE_OF[mode]
+    with pytest.raises(RuntimeError, match="Missing"):
+        layer.load_state_dict({})
+
+
+@pytest.mark.parametrize("mode", THETA_MODES)
+def test_entering_again_after_a_conversion_is_still_a_no_op(mode):
+    layer = enter(RESULinear(24, 16), mode).to(torch.float64)
+    theta = layer.theta_values().clone()
+    _reenter(layer, mode)
+    assert torch.equal(layer.theta_values(), theta)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_channels_last(mode):
+    torch.manual_seed(0)
+    layer = RESUConv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    enter(layer, mode)
+    layer.to(memory_format=torch.channels_last)
+    x = sample(layer).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x), nn.functional.conv2d(x, layer.effective_weight(), layer.bias))
+    active = layer.active_values().clone()
+    parameters = [p for p in layer.parameters() if p is not layer.bias]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    if layer.mode is RESUMode.SPARSE:
+        assert not layer.mask.get_pruned(layer.weight).any()
+    else:
+        assert torch.equal(layer.active_values(), active)
+        leave(layer, commit=True)

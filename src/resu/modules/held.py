@@ -167,6 +167,9 @@ class HeldWeight(ActivationCapture, nn.Module):
         assert self._sparse_mask is not None
         return self._sparse_mask
 
+    def _theta_dtype(self) -> torch.dtype:
+        return self.weight_dtype if self.theta is None else self.theta.dtype
+
     def _theta_parameter(self) -> nn.Parameter:
         assert self.theta is not None
         return self.theta
@@ -269,8 +272,8 @@ class HeldWeight(ActivationCapture, nn.Module):
             setattr(self, name, getattr(self, name).to(dtype))
         if self._waiting:
             self._waiting[0].data = fn(self._waiting[0].data)
-        if self.theta is not None:
-            self._settings = replace(self._settings, theta_dtype=self.theta.dtype)
+        if self.is_resu_active:
+            self._settings = replace(self._settings, theta_dtype=self._theta_dtype())
         if self._sparse_mask is not None and self.bitmask is not None:
             self._sparse_mask = self._sparse_mask.to(self.bitmask.device)
             self.bitmask = self._sparse_mask.packed
