@@ -23,7 +23,7 @@ from resu.experiments.data import DataError, Dataset
 from resu.experiments.leaderboard import append_row, read_rows
 from resu.experiments.methods import methods
 from resu.experiments.recipes import Row, dense_start, plan_key, run
-from resu.experiments.render import ORDER, render
+from resu.experiments.render import ORDER, render, summarize
 from resu.experiments.tasks import Regime, Task, tasks
 
 __all__ = ["main"]
@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr-factor", type=float, default=1.0, help="on the learning rate, in a CSV of its own")
     parser.add_argument("--quick", action="store_true", help=f"{_QUICK} times fewer steps, to try things")
     parser.add_argument("--render", type=Path, metavar="PAGE", help="write tables and a plot from OUT instead")
+    parser.add_argument("--summary", type=Path, metavar="PAGE", help="write one small table into a page instead")
     return parser
 
 
@@ -188,6 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_sparsity(sparsity)
         if options.render is not None:
             render(options.out, options.render)
+            return 0
+        if options.summary is not None:
+            summarize(options.out, options.summary)
             return 0
         return _run_all(options)
     except (DataError, ValueError, OSError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from resu.experiments.leaderboard import Table, markdown, plot, read_rows, tables
 from resu.experiments.methods import methods
 
-__all__ = ["ORDER", "render"]
+__all__ = ["ORDER", "render", "summarize"]
 
 ORDER = (
     *("dense", "static", "one-shot", "one-shot-global", "gradual", "gradual-global", "feedback", "straight-through"),
@@ -21,6 +21,15 @@ _TITLES = {
     "conv": "Small conv net, Fashion-MNIST",
     "gpt": "Character GPT, 3 layers, tiny shakespeare",
     "digits": "MLP 64-128-64-10, digits",
+}
+_SHORT = {"mlp": "MLP", "conv": "conv net", "gpt": "GPT (loss)", "digits": "digits"}
+_SUMMARY = (("mlp", 0.9), ("mlp", 0.98), ("conv", 0.9), ("conv", 0.98), ("gpt", 0.9))
+_SUMMARY_ROWS = {
+    "dense": "dense",
+    "one-shot": "one-shot magnitude",
+    "gradual": "gradual magnitude",
+    "straight-through": "straight-through",
+    "resu": "RESU (dormant)",
 }
 _REGIMES = {"scratch": "from scratch", "finetune": "fine-tuning of a trained network"}
 
@@ -39,19 +48,53 @@ def render(folder: str | Path, page: str | Path) -> None:
         raise ValueError(f"no result in {folder}: looked for honest_*.csv")
     rank = {name: i for i, name in enumerate(_TITLES)}
     found.sort(key=lambda t: (rank.get(t.task, 99), t.regime != "scratch"))
-    if page.exists():
-        before, begin, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
-        _, end, after = rest.partition(_END)
-        if not begin or not end:
-            raise ValueError(f"{page} exists and has no marks {_BEGIN} … {_END} to write tables between")
-    else:
-        before, after = "# Which way of pruning is best?\n\n", "\n"
+    before, after = _around_marks(page)
     image = page.with_suffix(".png")
     page.parent.mkdir(parents=True, exist_ok=True)
     plot(found, image, ORDER)
     body = "\n\n".join(_section(table) for table in found)
     settings = _settings(found)
-    text = f"{before}{_BEGIN}\n\n![Results]({image.name})\n\n{body}\n\n{settings}\n\n{_END}{after}"
+    _write(page, f"{before}{_BEGIN}\n\n![Results]({image.name})\n\n{body}\n\n{settings}\n\n{_END}{after}")
+
+
+def summarize(folder: str | Path, page: str | Path) -> None:
+    """Write one small table of the fine-tuning results between the marks of an existing page.
+
+    Raises:
+        ValueError: If there is no result, or the page has no marks.
+    """
+    page, folder = Path(page), Path(folder)
+    found = {t.task: t for csv in sorted(folder.glob("honest_*_finetune.csv")) for t in tables(read_rows(csv))}
+    columns = [(task, s) for task, s in _SUMMARY if task in found and s in found[task].sparsities]
+    if not columns:
+        raise ValueError(f"no fine-tuning result in {folder}: looked for honest_*_finetune.csv")
+    head = ["method", *(f"{_SHORT[task]} {100 * s:g} %" for task, s in columns)]
+    lines = [head, ["---"] * len(head)]
+    for name, label in _SUMMARY_ROWS.items():
+        cells = []
+        for task, s in columns:
+            cell = found[task].cells.get(name, {}).get(0.0 if name == "dense" else s)
+            digits = 1 if found[task].metric == "accuracy" else 3
+            text = "–" if cell is None else f"{cell.mean:.{digits}f} ± {cell.std:.{digits}f}"
+            cells.append(f"**{text}**" if found[task].best(s) == name else text)
+        lines.append([label, *cells])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    before, after = _around_marks(page)
+    _write(page, f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
+
+
+def _around_marks(page: Path) -> tuple[str, str]:
+    """The text of the page before and after its table marks."""
+    if not page.exists():
+        return "# Which way of pruning is best?\n\n", "\n"
+    before, begin, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{page} exists and has no marks {_BEGIN} … {_END} to write tables between")
+    return before, after
+
+
+def _write(page: Path, text: str) -> None:
     scratch = page.with_suffix(".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(page)
