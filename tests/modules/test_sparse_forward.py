@@ -74,12 +74,14 @@ def test_thresholds():
 
 @torch.no_grad()
 def test_auto_waits_for_large_and_very_sparse_layers():
-    x = torch.randn(2, 640)
-    for sparsity, used in [(0.9, False), (0.99, True)]:
-        layer = _layer(sparsity, "auto", (512, 640))
+    x = torch.randn(2, 1024)
+    for sparsity, rows, used in [(0.89, 1024, False), (0.9, 1024, True), (0.99, 512, False)]:
+        layer = _layer(sparsity, "auto", (rows, 1024))
         layer(x)
         assert (layer._product is not None) is used
-    layer(torch.randn(sparse_forward.AUTO_BATCH + 1, 640))
+    layer = _layer(0.95, "auto", (1024, 1024))
+    layer(torch.randn(sparse_forward.AUTO_BATCH + 1, 1024))
+    assert layer._product is None
 
 
 @pytest.mark.parametrize("change", ["optimizer", "copy", "data", "mask", "load", "in_place"])

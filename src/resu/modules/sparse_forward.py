@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["AUTO_THRESHOLD", "SparseProduct", "check_threshold", "sparse_linear"]
 
-# "auto": from here on CSR was faster than the dense product at every batch size tried (benchmarks), for
-# layers of at least this many weights.
-AUTO_THRESHOLD = 0.95
-AUTO_NUMEL = 1 << 18
+# "auto": from here on CSR was faster than the dense product in three of four rounds at every batch size up to this
+# one (benchmarks/bench_sparse_forward.py, one thread), for layers of at least this many weights.
+AUTO_THRESHOLD = 0.9
+AUTO_NUMEL = 1 << 20
 AUTO_BATCH = 128
 _SAMPLES = 1024
 
