@@ -73,6 +73,14 @@ def test_thresholds():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sparsity", [0.1, 0.29, 0.7, 0.9, 0.95])
+def test_pruning_at_the_threshold_reaches_it(sparsity):
+    layer = _layer(sparsity, sparsity, (7, 13))
+    layer(torch.randn(2, 13))
+    assert layer._product is not None
+
+
+@torch.no_grad()
 def test_auto_waits_for_large_and_very_sparse_layers():
     x = torch.randn(2, 1024)
     for sparsity, rows, used in [(0.89, 1024, False), (0.9, 1024, True), (0.99, 512, False)]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resu.core.counting import positions
+from resu.core.counting import positions, pruned_count
 from resu.core.mask import SparseMask
 from resu.core.resurrection import row_offsets
 
@@ -90,8 +90,15 @@ def _applies(layer: HeldWeight, x: Tensor, weight: Tensor, mask: SparseMask) -> 
         return False
     if layer.sparse_threshold == "auto":
         small = x.numel() // weight.shape[1] <= AUTO_BATCH
-        return mask.sparsity >= AUTO_THRESHOLD and mask.numel >= AUTO_NUMEL and small
-    return mask.sparsity >= float(layer.sparse_threshold)
+        return small and mask.numel >= AUTO_NUMEL and _reaches(mask, AUTO_THRESHOLD)
+    return _reaches(mask, float(layer.sparse_threshold))
+
+
+def _reaches(mask: SparseMask, threshold: float) -> bool:
+    """Whether pruning at ``threshold`` would remove no more: 0.9 of 1024² counts as 0.9, though it is 0.8999996."""
+    if threshold == 1.0:
+        return mask.n_active == 0
+    return mask.n_pruned >= pruned_count(mask.numel, threshold)
 
 
 def sparse_linear(layer: HeldWeight, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
