@@ -30,10 +30,9 @@ def test_results_are_in_the_order_of_the_jobs(workers):
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_comes_through(workers):
+def test_an_error_comes_through():
     with pytest.raises(ValueError, match="job 0"):
-        spread(fail, None, [(0,)], workers)
+        spread(fail, None, [(0,)], 1)
 
 
 def test_a_process_that_dies_is_named():

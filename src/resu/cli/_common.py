@@ -218,12 +218,10 @@ def output_folder(path: Path, force: bool, hint: str = "") -> Path:
 
 def write_whole(path: Path, data: bytes) -> Path:
     """Write a file so that a failure leaves the old one whole; returns the path."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    from resu.core.io import replacing
+
+    with replacing(path, overwrite=True) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

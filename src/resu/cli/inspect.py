@@ -20,21 +20,24 @@ def command(
     file: Annotated[Path, typer.Argument(help="A checkpoint or mask file, or a folder of sharded safetensors.")],
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint or mask file holds: sparsity, kept weights and bytes of each tensor."""
+    """Show what a checkpoint or mask file holds: sparsity, kept weights and bytes of each tensor.
+
+    Checksums are verified where the file has them.
+    """
     from resu.formats.inspect import describe
 
     found = describe(file)
     if as_json:
         print_json(found)
     else:
-        _tell(file, found)
+        _tell(found)
 
 
 def histogram(sparsities: Sequence[float]) -> list[str]:
-    """How many tensors have which sparsity, as text; empty bins at both ends are left out.
+    r"""How many tensors have which sparsity, as text; empty bins at both ends are left out.
 
     Example:
-        >>> print("\\n".join(histogram([0.5, 0.55, 0.55, 0.81])))
+        >>> print("\n".join(histogram([0.5, 0.55, 0.55, 0.81])))
           50– 60 %  ████████████████████████████████████████ 3
           60– 70 %  0
           70– 80 %  0
@@ -50,3 +53,49 @@ def histogram(sparsities: Sequence[float]) -> list[str]:
         bar = "█" * max(counts[index] > 0, round(_BARS * counts[index] / max(counts)))
         lines.append(f"  {low:>2}–{high:>3} %  {bar}{' ' if bar else ''}{counts[index]}")
     return lines
+
+
+def weights_of(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One row per weight whose sparsity means something: those with a mask, or else all weights."""
+    masked = {row["name"]: row for row in rows if row["masked"] and row["kind"] != "extra"}
+    return list(masked.values()) or [row for row in rows if row["kind"] == "weight"]
+
+
+def _tell(found: Mapping[str, Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows, total = found["tensors"], found["total"]
+    origin = f", written by resu {found['library']}" if found["library"] else ""
+    console = stdout()
+    title = f"{found['path']}: {found['kind']}, {format_bytes(found['bytes'])} on disk{origin}"
+    console.print(title, markup=False, soft_wrap=True)
+    table = Table(show_footer=bool(rows))
+    table.add_column("name", "total", overflow="fold")
+    table.add_column("kind")
+    table.add_column("shape", justify="right")
+    table.add_column("dtype")
+    table.add_column("kept", format_count(total["kept"]), justify="right")
+    table.add_column("sparsity", f"{100 * total['sparsity']:.2f} %", justify="right")
+    table.add_column("bytes", format_bytes(total["bytes"]), justify="right")
+    weights = weights_of(rows)
+    for row in rows:
+        shown = row["kept"] is not None and (row["masked"] or row["kind"] == "weight")
+        table.add_row(
+            escape(row["name"]),
+            row["kind"],
+            "×".join(map(str, row["shape"])),
+            row["dtype"],
+            format_count(row["kept"]) if shown else "",
+            f"{100 * row['sparsity']:.2f} %" if shown else "",
+            format_bytes(row["bytes"]),
+        )
+    console.print(table)
+    if weights and not any(row["masked"] for row in weights):
+        console.print("No masks in the file: kept are the values that are not zero.")
+    if weights:
+        console.print(f"\nSparsity of {len(weights)} weights")
+        for line in histogram([row["sparsity"] for row in weights]):
+            console.print(line, markup=False)
+    for key, value in found["metadata"].items():
+        console.print(f"{key}: {value}", markup=False)

@@ -108,8 +108,9 @@ def _save(out: Path, comparison: Comparison, data: str, start: float) -> dict[st
 
     best = comparison.best
     about = {"method": best.method, "data": data, "seed": best.seed, "steps": comparison.task.steps}
-    save_checkpoint(best.model, out / "model.safetensors", masks=best.masks, metadata=about)
-    save_mask(best.masks, out / "masks.safetensors", metadata=about)
+    model = out / "model.safetensors"
+    save_checkpoint(best.model, model, masks=best.masks, metadata=about, layout="bitmask", overwrite=True)
+    save_mask(best.masks, out / "masks.safetensors", metadata=about, overwrite=True)
     table = report.rows(comparison, _disk_bytes(comparison))
     lead = report.verdict_lines(comparison)
     memory = memory_by_mode(comparison.runs["dense"][0].model, comparison.sparsity, comparison.data)
@@ -135,14 +136,14 @@ def _save(out: Path, comparison: Comparison, data: str, start: float) -> dict[st
 
 
 def _disk_bytes(comparison: Comparison) -> Mapping[str, int]:
-    """Size of each method's checkpoint, dense ones without masks."""
+    """Size of each method's checkpoint: the dense one plain, the others with kept values and one bit per weight."""
     from resu.formats.files import save_checkpoint
 
     sizes = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, runs in comparison.runs.items():
             path = Path(folder) / "model.safetensors"
-            save_checkpoint(runs[0].model, path, masks=runs[0].masks or None)
+            save_checkpoint(runs[0].model, path, masks=runs[0].masks, layout="bitmask")
             sizes[name] = path.stat().st_size
             path.unlink()
     return sizes

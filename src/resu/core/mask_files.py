@@ -149,7 +149,8 @@ def _read_pt(path: str | os.PathLike[str]) -> _Parts:
 
 
 def _read_npz(path: str | os.PathLike[str]) -> _Parts:
-    with np.load(path, allow_pickle=False) as file:
+    # Opened here: np.load leaves a file open that turns out to be no zip.
+    with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
         if not isinstance(file, np.lib.npyio.NpzFile) or "header" not in file.files:
             raise FileFormatError(f"{path} is not a mask file written by resu")
         given = json.loads(file["header"].tobytes().decode())
