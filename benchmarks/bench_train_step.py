@@ -4,10 +4,9 @@
 
 The same network (`layers` square linear layers with ReLU) is trained by each method in one process, one step
 after the other in turn, and each step is compared with the dense step of the same round: shared machines
-drift, ratios within a round do not. All methods use fused AdamW, the fastest there is in torch (`--fused
-False` for its default on the CPU, which is ten times slower). SHiRA trains as many values as
-RESU does (the pruned share); LoRA has its usual rank 16. Peak memory is that of some steps in a process of
-its own.
+drift, ratios within a round do not. All methods use fused AdamW, the fastest there is in torch;
+with `--fused False`, torch's default on the CPU. SHiRA trains as many values as RESU does (the pruned share); LoRA has
+its usual rank 16. Peak memory is that of some steps in a process of its own.
 """
 
 from __future__ import annotations
