@@ -71,6 +71,8 @@ def test_the_sweep_has_its_levels(document):
 
 def test_all_files_are_there_and_the_page_needs_no_other(document, folder):
     assert {path.name for path in folder.iterdir()} == FILES
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 1, "some files are readable by their owner alone"
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)', page)

@@ -54,10 +54,10 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     try:
         # Opened first, so that the file gets the usual permissions and nobody else's file is written to.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = (target if target.exists() else temporary).stat().st_mode & 0o777
         yield temporary
         _sync(temporary)
-        if target.exists():
-            os.chmod(temporary, target.stat().st_mode & 0o777)
+        os.chmod(temporary, mode)  # some writers replace the file by one that only its owner may read
         os.replace(temporary, target)
         if os.name == "posix":
             _sync(target.parent)
