@@ -88,3 +88,23 @@ def test_the_traceback_is_there_for_those_who_ask(resu, monkeypatch):
 
     with pytest.raises(CliError):
         resu("plan", "--sparsity", "2", "--layers", "8x8")
+
+
+def test_an_interrupt_is_one_line(resu, monkeypatch):
+    from resu.cli import plan
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "parse_layers", stop)
+    result = resu("plan", "--layers", "8x8")
+    assert result.exit_code == 130
+    assert result.stderr == "resu: interrupted\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "resu.cli.main", "plan", "--layers", "8x8", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert error == ""

@@ -67,6 +67,8 @@ class OneLineErrors(TyperGroup):
             return run()
         try:
             code = run()
+            if code == 130:  # the parser has caught the interrupt
+                fail("interrupted", code)
             sys.stdout.flush()
         except BrokenPipeError:  # `resu inspect … | head`: nobody listens any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
