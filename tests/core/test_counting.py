@@ -125,7 +125,7 @@ def test_largest_remainder_far_beyond_the_caps():
 
 
 def test_largest_remainder_says_what_cannot_be():
-    with pytest.raises(ValueError, match="hold between 2 .* and 6"):
+    with pytest.raises(ValueError, match=r"hold between 2 .* and 6"):
         largest_remainder(7, {"a": 1, "b": 1}, {"a": 3, "b": 3})
     assert largest_remainder(0, {}, {}) == {}
 

@@ -173,7 +173,7 @@ def test_from_magnitude_keeps_the_largest(n, digits, seed):
     w = torch.randn(n, generator=torch.Generator().manual_seed(seed))
     m = SparseMask.from_magnitude(w, digits / 100)
     assert m.n_pruned == n * digits // 100
-    if 0 < m.n_pruned:
+    if m.n_pruned > 0:
         assert m.get_pruned(w).abs().max() <= m.get_active(w).abs().min()
 
 

@@ -59,5 +59,5 @@ def test_quantized_state_is_refused_instead_of_spoiled():
     p = nn.Parameter(torch.randn(2, 2))
     optimizer = torch.optim.SGD([p], lr=0.1)
     optimizer.state[p]["state1"] = torch.full((2, 2), 127, dtype=torch.uint8)
-    with pytest.raises(TypeError, match="SGD keeps 'state1' as torch.uint8 codes"):
+    with pytest.raises(TypeError, match=r"SGD keeps 'state1' as torch.uint8 codes"):
         clear_state(optimizer, p, torch.ones(2, 2, dtype=torch.bool))

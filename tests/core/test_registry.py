@@ -12,7 +12,7 @@ def test_names_come_sorted_and_unknown_ones_list_them():
     assert "a" in registry
     assert "c" not in registry
     for name in ("c", None, ["a"]):
-        with pytest.raises(ValueError, match="unknown score .*; known: a, b"):
+        with pytest.raises(ValueError, match=r"unknown score .*; known: a, b"):
             registry[name]
 
 

@@ -1,5 +1,7 @@
 """Schedules end where they say, and cadences are due when they say."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_trap19_ramps_begin_and_end_bit_exactly_and_never_turn(start, end, begin
         assert ramp(begin) == start
     path = [ramp(t) for t in range(begin + length + 1)]
     if length:
-        steps = [b - a for a, b in zip(path, path[1:], strict=False)]
+        steps = [b - a for a, b in itertools.pairwise(path)]
         direction = 1 if end >= start else -1
         assert all(direction * step >= -1e-12 for step in steps)
         assert all(min(start, end) - 1e-12 <= v <= max(start, end) + 1e-12 for v in path)

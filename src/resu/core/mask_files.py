@@ -119,12 +119,14 @@ def read_masks(path: str | os.PathLike[str], format: str | None = None) -> tuple
     kind = mask_format(path, format)
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    with open(path, "rb"):  # what the system has to say comes out as it is
+        pass
     try:
         given, packed = _READERS[kind](path)
-    except (FileFormatError, OSError):
+    except FileFormatError:
         raise
     except Exception as error:
-        # Whatever a parser makes of damaged bytes: to the user it is one thing.
+        # Whatever a parser makes of damaged bytes, even an OSError: to the user it is one thing.
         raise FileFormatError(f"cannot read {path} as masks ({kind}): {error}") from error
     body = open_header(MASK_HEADER, given, _VERSION, path)
     return checked_masks(packed, body["masks"], path), body

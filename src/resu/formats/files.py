@@ -173,11 +173,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    with open(path, "rb"):  # what the system has to say comes out as it is
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except OSError:
-        raise
     except Exception as error:
         raise FileFormatError(f"cannot read {path} as safetensors: {error}") from error
 
@@ -211,7 +211,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None
     for prefix in bitmask_prefixes(tensors):
         name = prefix + "weight"
         tensors[name], mask = unpack_bitmask(take_bitmask(tensors, prefix), name)
-        masks.setdefault(name, mask)
+        if not body:  # our header knows the masks, by the names the user gave
+            masks[name] = mask
     for alias, owner in body.get("ties", {}).items():
         tensors[alias] = tensors[owner]
     if model is not None:

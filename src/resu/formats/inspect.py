@@ -34,8 +34,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
         A row of ``tensors`` has ``name, shape, dtype, kind, bytes, numel, kept, sparsity, masked``. ``kind`` is
         ``"weight"``, ``"tensor"``, ``"mask"``, ``"bitmask"``, ``"extra"`` or the part of a resurrection layer;
-        ``masked`` is True where the counts come from a mask, False where they are counted from values (a kept weight may be
-        0); ``kept`` and ``sparsity`` are None where they mean nothing.
+        ``masked`` is True where the counts come from a mask, False where they are counted from values (a kept
+        weight may be 0); ``kept`` and ``sparsity`` are None where they mean nothing.
 
         ``total`` has ``numel, kept, sparsity`` over masked weights (over all where nothing has a mask) and ``bytes``.
 

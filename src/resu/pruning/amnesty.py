@@ -27,13 +27,13 @@ _SCORES = {"magnitude": "magnitude", "gradient": "taylor", "wanda": "wanda"}
 
 @dataclass(frozen=True)
 class AmnestyConfig:
-    r"""Settings of the tournament.
+    """Settings of the tournament.
 
     Args:
         r_start: Share of the kept places that resurrected positions may take in the first cycle.
         r_end: That share in the last cycle.
         total_cycles: Number of cycles.
-        score_type: ``"magnitude"`` (\\|w\\|), ``"gradient"`` (\\|w·g\\|) or ``"wanda"`` (\\|w\\|·‖x‖).
+        score_type: ``"magnitude"`` (``|w|``), ``"gradient"`` (``|w·g|``) or ``"wanda"`` (``|w|·‖x‖``).
 
     Raises:
         ValueError: On a share outside [0, 1], no cycles, or an unknown score type.

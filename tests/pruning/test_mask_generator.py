@@ -1,0 +1,149 @@
+"""From a model to masks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resu.core.counting import keep_count
+from resu.core.pattern import NM, Block
+from resu.pruning.importance import importances, register_importance
+from resu.pruning.mask_generator import MaskGenerator, compute_random_mask, compute_unstructured_mask
+from tests.core.test_layers import Conv1D
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 3))
+
+
+def counts(masks):
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+def test_each_layer_keeps_its_exact_count_of_the_largest():
+    model = network()
+    masks = MaskGenerator(model, 0.29).generate_masks()
+    assert counts(masks) == {"0.weight": 26, "2.weight": 114, "4.weight": 22}
+    for name, mask in masks.items():
+        w = model.get_parameter(name).detach().abs()
+        assert mask.dtype == torch.bool
+        assert w[~mask].max() <= w[mask].min()
+
+
+def test_the_model_is_not_changed():
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(4, 1, 4, 4)
+    MaskGenerator(model, 0.5, importance_metric="wanda", dataloader=[x]).generate_masks()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_global_pruning_is_one_ranking():
+    model = network()
+    masks = compute_unstructured_mask(model, 0.9, "magnitude", global_pruning=True)
+    weights = [model.get_parameter(name).detach().abs() for name in masks]
+    flat = torch.cat([w.view(-1) for w in weights])
+    kept = torch.cat([m.view(-1) for m in masks.values()])
+    assert int(kept.sum()) == keep_count(flat.numel(), 0.9)
+    assert flat[~kept].max() <= flat[kept].min()
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "er", "erk", "global"])
+def test_distributions_have_exact_totals(distribution):
+    masks = MaskGenerator(network(), 0.77, distribution=distribution).generate_masks()
+    assert sum(counts(masks).values()) == keep_count(sum(m.numel() for m in masks.values()), 0.77)
+
+
+def test_sparsity_by_glob_leaves_the_others_without_a_mask():
+    masks = compute_unstructured_mask(network(), {"2": 0.5, "4.weight": 0.9})
+    assert counts(masks) == {"2.weight": 80, "4.weight": 3}
+    with pytest.raises(ValueError, match="the glob 'fc' matches no layer"):
+        MaskGenerator(network(), {"fc": 0.5})
+    with pytest.raises(ValueError, match="either one sparsity"):
+        MaskGenerator(network(), {"2": 0.5}, distribution="erk")
+
+
+def test_trap35_wanda_competes_within_rows_by_default():
+    model, x = network(), torch.randn(32, 1, 4, 4)
+    masks = MaskGenerator(model, 0.5, importance_metric="wanda", dataloader=[x]).generate_masks()
+    features = model[1](model[0](x)).detach()
+    w = model[2].weight.detach().abs() * features.norm(dim=0)
+    for row, kept in zip(w, masks["2.weight"], strict=True):
+        assert set(kept.nonzero().view(-1).tolist()) == set(row.argsort(descending=True)[:8].tolist())
+    whole = MaskGenerator(model, 0.5, "tensor", "wanda", dataloader=[x]).generate_masks()["2.weight"]
+    assert not torch.equal(whole, masks["2.weight"])
+    assert whole.sum(dim=1).unique().numel() > 1
+
+
+def test_scores_from_gradients_over_data():
+    model, x, y = network(), torch.randn(8, 1, 4, 4), torch.randint(0, 3, (8,))
+    options = {"dataloader": [(x, y)], "loss_fn": lambda m, b: F.cross_entropy(m(b[0]), b[1])}
+    masks = compute_unstructured_mask(model, 0.5, "taylor", **options)
+    F.cross_entropy(model(x), y).backward()
+    score = (model[4].weight * model[4].weight.grad).abs().detach()
+    assert score[~masks["4.weight"]].max() <= score[masks["4.weight"]].min()
+    assert torch.equal(compute_unstructured_mask(model, 0.5, "taylor")["4.weight"], masks["4.weight"])
+
+
+@pytest.mark.parametrize("method", ["2:4", "block:2x2", "channel:0", "row", NM(1, 4), Block(4, 1)])
+def test_patterns_by_name_and_object(method):
+    sparsity = 0.75 if method == NM(1, 4) else 0.5
+    generator = MaskGenerator(network(), sparsity, method, include="2")
+    mask = generator.generate_masks()["2.weight"]
+    assert generator.pattern.violations(mask) == 0
+    assert int(mask.sum()) == generator.pattern.keep_for(mask.shape, sparsity)
+
+
+def test_trap11_patterns_on_conv1d_see_outputs_first():
+    model = nn.ModuleDict({"c": Conv1D(6, 8)})
+    mask = MaskGenerator(model, 0.5, "row").generate_masks()["c.weight"]
+    assert mask.shape == (8, 6)
+    assert mask.sum(dim=0).tolist() == [4] * 6  # each output keeps half of its inputs
+    assert mask.is_contiguous()
+    groups = MaskGenerator(model, 0.5, "2:4").generate_masks()["c.weight"]
+    assert NM(2, 4).violations(groups.t()) == 0
+
+
+def test_random_masks_repeat_by_seed():
+    first, again, other = (compute_random_mask(network(), 0.8, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+    assert counts(first) == {n: keep_count(m.numel(), 0.8) for n, m in first.items()}
+
+
+def test_a_score_of_ones_own_is_taken_by_name():
+    @register_importance("smallest", replace=True)
+    def smallest(weight, stats):
+        return -weight.abs()
+
+    try:
+        model = network()
+        mask = compute_unstructured_mask(model, 0.5, "smallest")["2.weight"]
+        w = model[2].weight.detach().abs()
+        assert w[mask].max() <= w[~mask].min()
+    finally:
+        del importances._items["smallest"]
+
+
+def test_bad_input_is_said_at_once():
+    with pytest.raises(ValueError, match="unknown importance 'size'"):
+        MaskGenerator(network(), 0.5, importance_metric="size")
+    with pytest.raises(ValueError, match="unknown pattern 'structured'"):
+        MaskGenerator(network(), 0.5, method="structured")
+    with pytest.raises(ValueError, match="must lie in"):
+        MaskGenerator(network(), 1.0)
+    with pytest.raises(TypeError, match="must be a number"):
+        MaskGenerator(network(), "0.5")
+    with pytest.raises(ValueError, match="matches no weight"):
+        MaskGenerator(network(), 0.5, exclude="head")
+    with pytest.raises(ValueError, match="unknown distribution"):
+        MaskGenerator(network(), 0.5, distribution="even").generate_masks()
+
+
+def test_input_nan_weights_are_an_error_that_names_the_layer():
+    model = network()
+    with torch.no_grad():
+        model[4].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"scores of '4.weight' holds 1 NaN"):
+        compute_unstructured_mask(model, 0.5)
