@@ -5,6 +5,7 @@ optional dependency is named with what it needs, and its docstrings are left out
 """
 
 import importlib
+import re
 import shutil
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def section(name: str) -> list[str]:
     lines += [f".. automodule:: {name}"]
     if hasattr(module, "__path__"):  # a package repeats names that its modules document
         lines += ["   :no-members:"]
+    elsewhere = [
+        member
+        for member in getattr(module, "__all__", ())
+        if getattr(getattr(module, member, None), "__module__", name) != name
+    ]
+    if elsewhere:  # exported here, documented where it is defined
+        lines += [f"   :exclude-members: {', '.join(elsewhere)}"]
     return [*lines, ""]
 
 
@@ -52,6 +60,15 @@ def write_pages(app) -> None:
         (target / f"{folder.name}.rst").write_text("\n".join(lines), encoding="utf-8")
 
 
+def escape_bars(app, what, name, obj, options, lines) -> None:
+    """|w| is an absolute value in docstrings, not a substitution."""
+    for i, line in enumerate(lines):
+        parts = line.split("``")
+        parts[::2] = [re.sub(r"(?<!\\)\|", r"\\|", part) for part in parts[::2]]
+        lines[i] = "``".join(parts)
+
+
 def setup(app):
+    app.connect("autodoc-process-docstring", escape_bars)
     app.connect("builder-inited", write_pages)
     return {"parallel_read_safe": True}

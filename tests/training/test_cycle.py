@@ -161,10 +161,31 @@ def test_simple_commit_merges_all_theta() -> None:
     assert stats.resurrection_rate == 1.0
 
 
+def test_wanda_prunes_within_rows_and_knows_groups() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(32, 5))
+    seen = []
+
+    def watch(trainer: RESUTrainer, event: str, info: dict[str, Any]) -> None:
+        if event == "phase" and info["phase"] == "resu":
+            seen.extend(x.mask.mask.flatten(1).sum(1) for x in trainer.layers.values())
+
+    config = RESUConfig(target_sparsity=0.5, num_cycles=1, steps_per_cycle=20, pruning_method="wanda")
+    data = [(torch.randn(4, 2, 6, 6), torch.randint(5, (4,))) for _ in range(5)]
+    trainer = RESUTrainer(
+        model, config, torch.optim.Adam(model.parameters()), loss_of, callbacks=[watch], progress=False
+    )
+    trainer.train(data)
+    assert len(seen) == 3
+    for counts in seen:
+        assert counts.max() - counts.min() <= 1
+    assert_exact(trainer, 0.5)
+
+
 def test_without_a_resu_phase_a_cycle_is_masked_training() -> None:
     model = mlp()
     config = RESUConfig(
-        target_sparsity=0.8, num_cycles=2, steps_per_cycle=10, train_fraction=0.5, stabilize_fraction=0.5, resu_fraction=0.0
+        target_sparsity=0.8, num_cycles=2, steps_per_cycle=10, train_fraction=0.5, stabilize_fraction=0.5,
+        resu_fraction=0.0,
     )  # fmt: skip
     trainer = RESUTrainer(model, config, torch.optim.Adam(model.parameters()), loss_of, progress=False)
     stats = trainer.train(batches(7))

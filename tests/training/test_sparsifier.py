@@ -350,6 +350,18 @@ def test_clear_errors() -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         RESU(sparsity=1.0)
     sparsifier = Sparsifier(model, optimizer, Static(sparsity=0.5))
+    with pytest.raises(ValueError, match=r"held by a mask already; call commit\(\)"):
+        Sparsifier(model, optimizer, Static(sparsity=0.8))
     with pytest.raises(ValueError, match="other settings"):
         sparsifier.load_state_dict({**sparsifier.state_dict(), "settings": {}})
     assert all(isinstance(m, SparseMask) for m in sparsifier.masks.values())
+
+
+def test_a_second_driver_takes_over_after_commit() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Sparsifier(model, optimizer, Static(sparsity=0.5)).commit()
+    second = Sparsifier(model, optimizer, Magnitude(sparsity=0.8), distribution="uniform")
+    fit(model, optimizer, batches(3))
+    assert second.step == 3
+    assert sum(int((model.get_parameter(n) == 0).sum()) for n in second.masks) == 800

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 
-__all__ = ["Constraint"]
+__all__ = ["Constraint", "is_held"]
 
 _live: weakref.WeakSet[Constraint] = weakref.WeakSet()
 _installed = False
@@ -144,6 +144,11 @@ class Constraint:
         elif self._before is not None:
             self.mask.restore_(parameter, self._before)
             self._before = None
+
+
+def is_held(parameter: Tensor) -> bool:
+    """Whether a live constraint holds positions of this parameter."""
+    return any(constraint.parameter is parameter for constraint in _live)
 
 
 def _keeps_bits(optimizer: Optimizer, group: dict[str, Any]) -> bool:

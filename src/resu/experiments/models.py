@@ -82,9 +82,7 @@ class _Block(nn.Module):
 class CharGPT(nn.Module):
     """A decoder over characters; the output layer is not tied to the embedding."""
 
-    def __init__(
-        self, symbols: int, context: int = 64, width: int = 96, heads: int = 4, depth: int = 3
-    ) -> None:
+    def __init__(self, symbols: int, context: int = 64, width: int = 96, heads: int = 4, depth: int = 3) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads")

@@ -43,7 +43,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class RESUConfig:
-    r"""Settings of :class:`~resu.training.cycle.RESUTrainer`. Fields may be set until the trainer is built.
+    """Settings of :class:`~resu.training.cycle.RESUTrainer`. Fields may be set until the trainer is built.
 
     A cycle of ``steps_per_cycle`` optimizer steps has the phases TRAIN, PRUNE, STABILIZE, RESU and COMMIT.
 
@@ -71,14 +71,14 @@ class RESUConfig:
         commit_strategy: ``"amnesty"`` (budgeted tournament), ``"wanda_reprune"`` (merge all θ, prune again by
             Wanda) or ``"simple"`` (merge all θ: dense until the next PRUNE).
         amnesty_r_start, amnesty_r_end: Share of the kept places that the resurrected may take, first and last cycle.
-        amnesty_score_type: Ranking in the tournament: \\|w\\|, \\|w·g\\| or \\|w\\|·‖x‖.
+        amnesty_score_type: Ranking in the tournament: |w|, |w·g| or |w|·‖x‖.
         resurrection: ``"inline"``: θ acts in the forward pass of the RESU phase. ``"dormant"``: θ learns from the
             masked pass in all phases and competes to return (:class:`~resu.training.algorithms.RESU`).
         theta_damping: γ of dormant θ; None: 2 where all cycles have one target, else 1.
         tournament_interval: Steps between dormant tournaments.
         freeze_fraction: Last share of the run with a frozen mask (dormant).
         pruning_method: Any registered importance.
-        distribution: How the budget is divided over layers at PRUNE: ``"global"``, ``"erk"``, ``"er"`` or ``"uniform"``.
+        distribution: How the budget is divided over layers at PRUNE: ``"global"``, ``"erk"``, ``"er"``, ``"uniform"``.
         base_lr, weight_decay: Set on every group of the optimizer when given.
         seed: Of θ's start and of random scores.
 

@@ -46,9 +46,6 @@ class RESUCycle:
     Args:
         trainer: Holds the model, the optimizer and the settings.
         cycle: Its number, from 0.
-
-    Attributes:
-        phase: ``"train"``, ``"stabilize"`` or ``"resu"`` while there are steps to do, ``"done"`` after COMMIT.
     """
 
     def __init__(self, trainer: RESUTrainer, cycle: int) -> None:
@@ -74,7 +71,7 @@ class RESUCycle:
 
     @property
     def phase(self) -> str:
-        """The phase of the next step."""
+        """The phase of the next step: ``"train"``, ``"stabilize"``, ``"resu"``, or ``"done"`` after COMMIT."""
         return self.plan[self.position][0] if self.position < len(self.plan) else "done"
 
     @property

@@ -44,7 +44,10 @@ def stats_of(layer: RESUModule, name: str, config: RESUConfig, cycle: int) -> St
     generator = torch.Generator()
     with seeded(config.seed, name, cycle, "score"):
         generator.manual_seed(torch.initial_seed())
-    return Stats(grad=layer.weight.grad, input_norm=layer.activation_norms, generator=generator)
+    norms = layer.activation_norms
+    if norms is not None:  # of the weight's shape, so that groups of a convolution see their own inputs
+        norms = layer._norms_like_weight(norms).expand(layer.weight_shape)
+    return Stats(grad=layer.weight.grad, input_norm=norms, generator=generator)
 
 
 def scores_of(layers: Layers, method: str, config: RESUConfig, cycle: int) -> dict[str, Tensor]:
@@ -70,17 +73,22 @@ def prune_layers(
 ) -> None:
     """Prune to ``sparsity`` over all layers, exact to one weight; pruned positions stay pruned.
 
-    Under ``distribution="global"`` all weights compete; otherwise each layer gets its share. Optimizer state of
-    newly pruned positions is cleared.
+    Under ``distribution="global"`` all weights compete; otherwise each layer gets its share. Scores with row scope
+    (Wanda) compete within rows, of which each keeps the same count to one weight. Optimizer state of newly pruned
+    positions is cleared.
     """
     scores = scores_of(layers, method or config.pruning_method, config, cycle)
     for name, layer in layers.items():
         if layer.mask is not None:  # what is pruned ranks below every active weight, zeros among them
             floor = scores[name].min() - 1
             scores[name] = torch.where(layer.mask.mask, scores[name], floor)
-    keeps = allocate(config.distribution, _shapes(layers), sparsity, scores)
+    # Scores that compare within a row say nothing about other rows or layers.
+    by_row = importances[method or config.pruning_method].scope == "row"
+    distribution = "uniform" if by_row and config.distribution == "global" else config.distribution
+    keeps = allocate(distribution, _shapes(layers), sparsity, scores)
+    pattern = Unstructured("row" if by_row else "tensor")
     for name, layer in layers.items():
-        set_mask(layer, Unstructured().select(scores[name], keeps[name]), optimizer)
+        set_mask(layer, pattern.select(scores[name], keeps[name]), optimizer)
 
 
 def set_mask(layer: RESUModule, new: Tensor, optimizer: Optimizer | None) -> None:
@@ -154,7 +162,7 @@ def commit_layers(
     else:
         amnesty = Amnesty(config.amnesty())
         budget = amnesty.resurrection_budget(cycle)
-        scores = scores_of(layers, config.amnesty_score_type, config, cycle)
+        scores = scores_of(layers, amnesty.config.importance, config, cycle)
         keeps = _keeps_at_commit(layers, old, scores, target, config)
         for name, layer in layers.items():
             mask = old[name]

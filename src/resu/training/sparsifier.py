@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resu.core.enforcement import Constraint
+from resu.core.enforcement import Constraint, is_held
 from resu.core.layers import Layer, select
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
@@ -112,8 +112,14 @@ class Sparsifier:
         self._hook = optimizer.register_step_post_hook(self._after_step)
         if algorithm.due(0):
             before = {n: layer.weight.detach().clone() for n, layer in self.layers.items()}
-            self._update()
-            # Until the first step, loading a state can give back what this first pruning took (see load_state_dict).
+            try:
+                self._update()
+            except BaseException:  # nothing stays behind: no hook, no pruned weight
+                self._release()
+                for name, weight in before.items():
+                    self._restore(name, weight)
+                raise
+            # Until the first step, loading a state can give back what this pruning took (see load_state_dict).
             self._undo = {n: (w, self.layers[n].weight._version) for n, w in before.items()}
         self._set_learning()
 
@@ -123,6 +129,12 @@ class Sparsifier:
             raise ValueError(
                 f"none of the {len(self.layers)} selected weights belongs to the optimizer; build the optimizer from "
                 "the parameters of this model, after moving it to its device"
+            )
+        held = [name for name, layer in self.layers.items() if is_held(layer.weight)]
+        if held:
+            raise ValueError(
+                f"{', '.join(held[:5])} {'is' if len(held) == 1 else 'are'} held by a mask already; call commit() on "
+                "the Sparsifier that made it, or remove_mask() on the layer, before another takes over"
             )
         if isinstance(self.pattern, NM) and abs(self.algorithm.sparsity - self.pattern.sparsity) > 1e-9:
             raise ValueError(
@@ -290,10 +302,18 @@ class Sparsifier:
         """
         for constraint in self._constraints.values():
             constraint.enforce()
+        self._release()
+        return self.masks
+
+    def _release(self) -> None:
+        for constraint in self._constraints.values():
             constraint.remove()
         self._hook.remove()
         self._theta = {}
-        return self.masks
+
+    @torch.no_grad()
+    def _restore(self, name: str, weight: Tensor) -> None:
+        self.layers[name].weight.copy_(weight)
 
     def _settings(self) -> dict[str, Any]:
         distribution = self.distribution
@@ -354,8 +374,7 @@ class Sparsifier:
             # mask keeps: give them back. If it was loaded since, the weights are the saved ones already.
             original, version = self._undo.get(name, (None, -1))
             if original is not None and weight._version == version:
-                with torch.no_grad():
-                    weight.copy_(original)
+                self._restore(name, original)
             constraint.mask = masks[name].to(weight.device)
         self._undo = {}
         self._theta = {

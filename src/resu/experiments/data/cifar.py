@@ -41,9 +41,7 @@ def read_cifar_binary(path: str | Path) -> Split:
     path = Path(path)
     content = read_bytes(path)
     if not content or len(content) % (1 + _PIXELS):
-        raise DataError(
-            f"{path} has {len(content)} bytes, not a whole number of CIFAR-10 records of {1 + _PIXELS}"
-        )
+        raise DataError(f"{path} has {len(content)} bytes, not a whole number of CIFAR-10 records of {1 + _PIXELS}")
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 1 + _PIXELS)
     return _checked(records[:, 1:].reshape(-1, 3, _SIDE, _SIDE), records[:, 0].long(), path)
 
@@ -91,15 +89,8 @@ def read_cifar_jpeg(path: str | Path) -> Split:
         raise DataError(f"{path} lacks an array that packed JPEG images have: {error}") from error
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is not a readable npz file: {error}") from error
-    if (
-        len(offsets) != len(labels) + 1
-        or offsets[0] != 0
-        or offsets[-1] != len(body)
-        or (np.diff(offsets) < 0).any()
-    ):
-        raise DataError(
-            f"{path}: the offsets do not fit {len(labels)} labels and {len(body)} bytes of images"
-        )
+    if len(offsets) != len(labels) + 1 or offsets[0] != 0 or offsets[-1] != len(body) or (np.diff(offsets) < 0).any():
+        raise DataError(f"{path}: the offsets do not fit {len(labels)} labels and {len(body)} bytes of images")
     x = np.empty((len(labels), _SIDE, _SIDE, 3), np.uint8)
     for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         try:

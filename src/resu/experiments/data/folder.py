@@ -34,9 +34,7 @@ def find_folder(name: str, directory: str | Path | None = None) -> Path:
     root = Path(os.environ.get("RESU_DATA") or DEFAULT)
     if not (root / name).is_dir():
         source = "from RESU_DATA" if os.environ.get("RESU_DATA") else "the default; set RESU_DATA"
-        raise DataError(
-            f"no data for {name!r}: {root / name} is not a folder ({source}, or give a directory)"
-        )
+        raise DataError(f"no data for {name!r}: {root / name} is not a folder ({source}, or give a directory)")
     return root / name
 
 

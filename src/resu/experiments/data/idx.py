@@ -30,9 +30,7 @@ def read_idx(path: str | Path) -> Tensor:
         raise DataError(f"{path} is not an IDX file: it starts with {content[:4].hex() or 'nothing'}")
     ndim, start = content[3], 4 + 4 * content[3]
     if len(content) < start:
-        raise DataError(
-            f"{path} is cut short: {len(content)} bytes do not hold the sizes of {ndim} dimensions"
-        )
+        raise DataError(f"{path} is cut short: {len(content)} bytes do not hold the sizes of {ndim} dimensions")
     shape = struct.unpack(f">{ndim}I", content[4:start])
     dtype = np.dtype(_DTYPES[content[2]])
     expected = start + dtype.itemsize * math.prod(shape)
@@ -48,9 +46,7 @@ def _part(folder: Path, part: str) -> Split:
 
     images, labels = read("images-idx3-ubyte"), read("labels-idx1-ubyte")
     if images.ndim != 3 or images.dtype != torch.uint8:
-        raise DataError(
-            f"{part} images in {folder} are {images.dtype} {tuple(images.shape)}, not bytes [n, h, w]"
-        )
+        raise DataError(f"{part} images in {folder} are {images.dtype} {tuple(images.shape)}, not bytes [n, h, w]")
     if labels.ndim != 1 or len(labels) != len(images):
         raise DataError(f"{folder}: {len(images)} {part} images and labels of shape {tuple(labels.shape)}")
     if len(labels) and int(labels.max()) > 9:

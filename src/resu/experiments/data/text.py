@@ -33,9 +33,7 @@ def load_text(path: str | Path, name: str | None = None, context: int = 64) -> T
     alphabet = np.array([ord(symbol) for symbol in symbols], "<u4")
     tokens = torch.from_numpy(np.searchsorted(alphabet, codes).astype(np.uint8))
     first, second = int(0.85 * len(tokens)), int(0.9 * len(tokens))
-    return Text(
-        name or path.name, tokens[:first], tokens[first:second], tokens[second:], symbols, context=context
-    )
+    return Text(name or path.name, tokens[:first], tokens[first:second], tokens[second:], symbols, context=context)
 
 
 def load_tinyshakespeare(directory: str | Path | None = None) -> Text:

@@ -17,11 +17,11 @@ __all__ = ["RESU"]
 @algorithms.register("resu")
 @dataclass(frozen=True, kw_only=True)
 class RESU(Algorithm):
-    r"""Dormant resurrection (RESU) beside an unchanged training loop.
+    """Dormant resurrection (RESU) beside an unchanged training loop.
 
     θ lives at pruned positions. It is trained by the gradient of the *masked* forward, ``∂L/∂W_eff`` with
     ``W_eff = M⊙W``, through whatever optimizer the loop uses: after each step ``θ += γ·Δ`` with Δ the optimizer's
-    update there. It takes no part in the forward. Every ``interval`` steps a tournament over \|W\| and \|θ\| sets the
+    update there. It takes no part in the forward. Every ``interval`` steps a tournament over |W| and |θ| sets the
     mask; a readmitted position gets its θ as weight, a dropped one keeps its weight as θ. From ``end_step`` on the
     mask is frozen, θ is gone, and training is ordinary masked training.
 
