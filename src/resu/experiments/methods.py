@@ -113,12 +113,12 @@ def gradual_global(plan: Plan) -> Setting:
     return _gradual(plan, "global")
 
 
-def _dormant(plan: Plan, ramp: float = 0.5, until: float = 0.85, **more: Any) -> Setting:
+def _dormant(plan: Plan, distribution: str = "erk", ramp: float = 0.5, until: float = 0.85, **more: Any) -> Setting:
     """One shot in fine-tuning, a cubic ramp from scratch; after ``until`` the mask is frozen."""
     options: dict[str, Any] = {"initial_sparsity": None, "end_step": plan.at(until)}
     if plan.regime == "scratch":
         options |= {"initial_sparsity": 0.0, "ramp_end_step": plan.at(ramp)}
-    return _sparsifier("resu", plan, **options, **more)
+    return _sparsifier("resu", plan, distribution, **options, **more)
 
 
 @methods.register("resu")
@@ -127,9 +127,15 @@ def resu(plan: Plan) -> Setting:
     return _dormant(plan)
 
 
+@methods.register("resu-global")
+def resu_global(plan: Plan) -> Setting:
+    """The same, all layers ranked together."""
+    return _dormant(plan, "global")
+
+
 @methods.register("resu-every-16")
 def resu_sparse(plan: Plan) -> Setting:
-    """The same with a tournament every 16 steps."""
+    """`resu` with a tournament every 16 steps."""
     return _dormant(plan, interval=16)
 
 
@@ -145,10 +151,20 @@ def feedback(plan: Plan) -> Setting:
     return _dormant(plan, gamma=1.0, interval=16)
 
 
+def _straight_through(plan: Plan, distribution: str) -> Setting:
+    return _sparsifier("resu", plan, distribution, initial_sparsity=None, interval=1, gamma=1.0, fresh_state=False)
+
+
 @methods.register("straight-through")
 def straight_through(plan: Plan) -> Setting:
-    """Masked forward, dense update, a new mask at each step; at the final sparsity from first to last."""
-    return _sparsifier("resu", plan, initial_sparsity=None, interval=1, gamma=1.0, fresh_state=False)
+    """Masked forward, dense update, a new mask at each step (ERK); at the final sparsity from first to last."""
+    return _straight_through(plan, "erk")
+
+
+@methods.register("straight-through-global")
+def straight_through_global(plan: Plan) -> Setting:
+    """The same, all layers ranked together."""
+    return _straight_through(plan, "global")
 
 
 def _cycles(plan: Plan, tail: float = 0.0, **fields: Any) -> Setting:

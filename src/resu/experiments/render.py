@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
-from resu.experiments.leaderboard import Table, markdown, plot, read_rows, tables
+from resu.experiments.leaderboard import Cell, Table, markdown, plot, read_rows, tables
 from resu.experiments.methods import methods
+from resu.experiments.recipes import Row
 
 __all__ = ["ORDER", "render", "summarize"]
 
 ORDER = (
-    *("dense", "static", "one-shot", "one-shot-global", "gradual", "gradual-global", "feedback", "straight-through"),
-    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3", "resu-every-16", "resu"),
+    *("dense", "static", "one-shot", "one-shot-global", "gradual", "gradual-global"),
+    *("feedback", "straight-through", "straight-through-global"),
+    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3", "resu-every-16", "resu", "resu-global"),
 )
 """Methods in the order of tables: baselines first, then the resurrection methods."""
 
@@ -25,11 +28,12 @@ _TITLES = {
 _SHORT = {"mlp": "MLP", "conv": "conv net", "gpt": "GPT (loss)", "digits": "digits"}
 _SUMMARY = (("mlp", 0.9), ("mlp", 0.98), ("conv", 0.9), ("conv", 0.98), ("gpt", 0.9))
 _SUMMARY_ROWS = {
-    "dense": "dense",
-    "one-shot": "one-shot magnitude",
-    "gradual": "gradual magnitude",
-    "straight-through": "straight-through",
-    "resu": "RESU (dormant)",
+    "dense": ("dense",),
+    "one-shot magnitude": ("one-shot", "one-shot-global"),
+    "gradual magnitude": ("gradual", "gradual-global"),
+    "feedback": ("feedback",),
+    "straight-through": ("straight-through", "straight-through-global"),
+    "RESU": ("resu", "resu-global"),
 }
 _REGIMES = {"scratch": "from scratch", "finetune": "fine-tuning of a trained network"}
 
@@ -60,27 +64,43 @@ def render(folder: str | Path, page: str | Path) -> None:
 def summarize(folder: str | Path, page: str | Path) -> None:
     """Write one small table of the fine-tuning results between the marks of an existing page.
 
+    Of each method the better budget counts, ERK or global, chosen on held-out data.
+
     Raises:
         ValueError: If there is no result, or the page has no marks.
     """
     page, folder = Path(page), Path(folder)
-    found = {t.task: t for csv in sorted(folder.glob("honest_*_finetune.csv")) for t in tables(read_rows(csv))}
-    columns = [(task, s) for task, s in _SUMMARY if task in found and s in found[task].sparsities]
+    rows = [row for csv in sorted(folder.glob("honest_*_finetune.csv")) for row in read_rows(csv)]
+    columns = [(task, s) for task, s in _SUMMARY if any(r.task == task and r.sparsity == s for r in rows)]
     if not columns:
         raise ValueError(f"no fine-tuning result in {folder}: looked for honest_*_finetune.csv")
+    cells = {column: _column(rows, *column) for column in columns}
     head = ["method", *(f"{_SHORT[task]} {100 * s:g} %" for task, s in columns)]
     lines = [head, ["---"] * len(head)]
-    for name, label in _SUMMARY_ROWS.items():
-        cells = []
-        for task, s in columns:
-            cell = found[task].cells.get(name, {}).get(0.0 if name == "dense" else s)
-            digits = 1 if found[task].metric == "accuracy" else 3
-            text = "–" if cell is None else f"{cell.mean:.{digits}f} ± {cell.std:.{digits}f}"
-            cells.append(f"**{text}**" if found[task].best(s) == name else text)
-        lines.append([label, *cells])
+    lines += [[label, *(cells[column][label] for column in columns)] for label in _SUMMARY_ROWS]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     before, after = _around_marks(page)
     _write(page, f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
+
+
+def _column(rows: list[Row], task: str, sparsity: float) -> dict[str, str]:
+    """One column of the summary: a text per method; the best sparse one is bold."""
+    (table,) = tables(row for row in rows if row.task == task)
+    sign = 1 if table.metric == "accuracy" else -1
+    digits = 1 if table.metric == "accuracy" else 3
+    chosen: dict[str, Cell] = {}
+    for label, names in _SUMMARY_ROWS.items():
+        held_out: dict[str, list[float]] = {}
+        for row in rows:
+            wanted = 0.0 if row.method == "dense" else sparsity
+            if row.task == task and row.sparsity == wanted and row.method in names:
+                held_out.setdefault(row.method, []).append(sign * row.val)
+        if held_out:
+            name = max(held_out, key=lambda n: fmean(held_out[n]))
+            chosen[label] = table.cells[name][0.0 if name == "dense" else sparsity]
+    best = max((k for k in chosen if k != "dense"), key=lambda k: sign * chosen[k].mean, default="")
+    texts = {k: f"{cell.mean:.{digits}f} ± {cell.std:.{digits}f}" for k, cell in chosen.items()}
+    return {k: f"**{texts[k]}**" if k == best else texts.get(k, "–") for k in _SUMMARY_ROWS}
 
 
 def _around_marks(page: Path) -> tuple[str, str]:
