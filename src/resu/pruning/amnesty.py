@@ -161,8 +161,9 @@ class Amnesty:
             target_sparsity: Of this layer, exact to one weight.
             cycle: Which cycle ends.
             optimizer: Its state at every position that changed sides is cleared.
-            grad: Gradient of the effective weight, for the ``"gradient"`` score; by default ``layer.weight.grad``
-                in RESU mode.
+            grad: Gradient of the merged weight at every position; the ``"gradient"`` score needs it. What the layer
+                holds is no substitute: in RESU mode ``layer.weight.grad`` is zero at active positions, which are
+                frozen, and in the quantized modes there is a gradient of θ alone.
             activation_norms: For the ``"wanda"`` score; by default ``layer.activation_norms``.
 
         Returns:
@@ -182,7 +183,11 @@ class Amnesty:
             )
         weight = layer.effective_weight().detach()
         if self.config.score_type == "gradient" and grad is None:
-            grad = getattr(weight if mode != "RESU" else layer.weight, "grad", None)
+            raise ValueError(
+                f"score_type 'gradient' in mode {mode} needs grad=, the gradient of the merged weight; there is none: "
+                "what the layer holds is that of θ alone (active positions are frozen). Take it from a backward pass "
+                "of a copy whose layer has left the mode, or use score_type 'magnitude' or 'wanda'"
+            )
         if self.config.score_type == "wanda" and activation_norms is None:
             activation_norms = getattr(layer, "activation_norms", None)
         scores = self.compute_scores(weight, grad, activation_norms)
