@@ -8,6 +8,8 @@ from resu.modules.base import RESUMode, RESUModule
 from resu.modules.conv import RESUConv2d
 from resu.modules.convert import convert_to_resu, get_resu_modules, resurrection_parameters
 from resu.modules.linear import RESULinear
+from resu.training.algorithms import Static
+from resu.training.sparsifier import Sparsifier
 from tests.modules.helpers import enter, small_model
 
 
@@ -132,6 +134,44 @@ def test_tied_weights_stay_tied_and_cannot_be_freed_by_one_layer():
     assert other.a.weight is not model.a.weight
 
 
+def test_a_weight_has_one_mask_whatever_layers_share_it():
+    model = convert_to_resu(_Tied())
+    model.a.prune_by_magnitude(0.5)
+    before = model.a.weight.detach().clone()
+    for prune in (
+        lambda: model.b.prune_by_magnitude(0.75),
+        lambda: model.b.prune_by_wanda(0.75, torch.ones(4)),
+        lambda: model.b.set_mask(torch.eye(4, dtype=torch.bool)),
+    ):
+        with pytest.raises(ValueError, match=r"shared with a\.weight.* held by another mask.*remove_mask\(\)"):
+            prune()
+    assert model.b.mode is RESUMode.DENSE
+    assert torch.equal(model.a.weight, before)
+    model.a.prune_by_magnitude(0.75)  # its own mask is no obstacle
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.state_dict())
+    for one in (model, copied):
+        one.a.enter_resu_mode()
+        with pytest.raises(ValueError, match="held by another mask"):
+            one.b.prune_by_magnitude(0.5)
+        one.a.exit_resu_mode(commit=False)
+        one.a.prune_by_magnitude(0.75)
+        one.a.remove_mask()
+        one.b.prune_by_magnitude(0.5)
+        assert one.b.sparsity == 0.5
+
+
+def test_a_weight_that_a_sparsifier_holds_is_pruned_after_its_commit():
+    layer = RESULinear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    sparsifier = Sparsifier(layer, optimizer, Static(sparsity=0.5))
+    with pytest.raises(ValueError, match=r"commit\(\) on the Sparsifier"):
+        layer.prune_by_magnitude(0.75)
+    sparsifier.commit()
+    layer.prune_by_magnitude(0.75)
+    assert layer.sparsity == 0.75
+
+
 def test_a_linear_layer_tied_to_an_embedding_is_left_alone():
     class Language(nn.Module):
         def __init__(self):
@@ -146,7 +186,8 @@ def test_a_linear_layer_tied_to_an_embedding_is_left_alone():
 
 def test_subclasses_are_left_alone():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    convert_to_resu(model)
+    with pytest.warns(UserWarning, match=r"left dense: self_attn\.in_proj_weight, self_attn\.out_proj\.weight"):
+        convert_to_resu(model)
     assert list(get_resu_modules(model)) == ["linear1", "linear2"]  # not attention's out_proj
     for layer in get_resu_modules(model).values():
         enter(layer, "qresu4")
@@ -155,6 +196,26 @@ def test_subclasses_are_left_alone():
     model.eval()
     with torch.no_grad():
         assert model(x).shape == y.shape  # torch's fused path reads linear1.weight
+
+
+def test_what_is_selected_and_cannot_be_converted_is_said():
+    def model():
+        return nn.Sequential(nn.Conv1d(2, 3, 3), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
+
+    odd = r"0\.weight, 2\.in_proj_weight, 2\.out_proj\.weight"
+    with pytest.warns(UserWarning, match=odd) as said:
+        converted = convert_to_resu(model())
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert list(get_resu_modules(converted)) == ["1"]
+    convert_to_resu(model(), exclude=["0", "2*"])  # a warning would be an error here
+    convert_to_resu(model(), include="1")
+    unchanged = model()
+    with pytest.raises(ValueError, match=rf"include names what cannot be converted: {odd}"):
+        convert_to_resu(unchanged, include="*")
+    assert get_resu_modules(unchanged) == {}
+    with pytest.raises(ValueError, match="cannot be converted"):
+        convert_to_resu(nn.Conv1d(2, 3, 3))
 
 
 def test_resurrection_parameters_are_those_of_the_present_mode():

@@ -119,6 +119,16 @@ def test_an_optimizer_outside_torch_is_found_out():
     assert layer.mode is RESUMode.DENSE
 
 
+def test_a_gradient_changed_after_backward_is_found_out():
+    layer = enter(RESULinear(24, 16), "resu")
+    optimizer = torch.optim.SGD([layer.weight], lr=0.1)
+    layer(torch.randn(4, 24)).sum().backward()
+    layer.weight.grad.add_(torch.randn_like(layer.weight))
+    optimizer.step()
+    with pytest.raises(FrozenWeightError, match=r"a gradient that was changed after backward \(noise, SAM\)"):
+        layer.exit_resu_mode()
+
+
 def test_writing_through_data_is_found_out():
     layer = enter(RESULinear(24, 16), "resu")
     layer.weight.data.view(-1)[layer.mask.active_indices[0]] += 1e-3

@@ -146,9 +146,9 @@ class Constraint:
             self._before = None
 
 
-def is_held(parameter: Tensor) -> bool:
-    """Whether a live constraint holds positions of this parameter."""
-    return any(constraint.parameter is parameter for constraint in _live)
+def is_held(parameter: Tensor, except_for: Constraint | None = None) -> bool:
+    """Whether a live constraint (another than ``except_for``) holds positions of this parameter."""
+    return any(constraint.parameter is parameter for constraint in _live if constraint is not except_for)
 
 
 def _keeps_bits(optimizer: Optimizer, group: dict[str, Any]) -> bool:

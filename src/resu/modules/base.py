@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resu.core.counting import check_finite, check_sparsity, keep_count, top_k_mask
+from resu.core.enforcement import is_held
 from resu.core.mask import SparseMask
 from resu.core.pattern import Unstructured
 from resu.core.quantization import pack_codes, quantize
@@ -88,7 +89,8 @@ class RESUModule(HeldWeight):
         Raises:
             ModeError: Unless DENSE or SPARSE.
             TypeError: If the mask is not a SparseMask or a bool tensor.
-            ValueError: If its shape differs from the weight's.
+            ValueError: If its shape differs from the weight's, or the weight is held by another mask already: that
+                of a layer that shares it, or of a Sparsifier.
         """
         self._require("set_mask", RESUMode.DENSE, RESUMode.SPARSE, hint="exit the present mode first")
         if not isinstance(mask, SparseMask):
@@ -96,6 +98,13 @@ class RESUModule(HeldWeight):
         if mask.shape != self._weight_shape:
             raise ValueError(
                 f"mask of shape {tuple(mask.shape)} does not fit the weight of shape {tuple(self._weight_shape)}"
+            )
+        if is_held(self.weight, except_for=self._constraint):
+            shared = f" (it is shared with {', '.join(self._shared_with)})" if self._shared_with else ""
+            raise ValueError(
+                f"this weight{shared} is held by another mask already, and two masks on one weight prune more than "
+                "either says: prune it through the layer that holds it, or let go of it there first, with "
+                "remove_mask() on that layer or commit() on the Sparsifier"
             )
         self._become_sparse(mask.to(self.weight.device))
 
@@ -294,9 +303,10 @@ class RESUModule(HeldWeight):
         if verify and active_checksum(weight, mask) != self._checksum:
             raise FrozenWeightError(
                 "active weights have changed since enter_resu_mode() although they were frozen: they were "
-                "written directly, or by an optimizer that is not a torch.optim.Optimizer. Train through a "
-                "torch.optim.Optimizer (subclass it), or call resu_step(); exit_resu_mode(verify=False) "
-                "accepts the changed values"
+                "written directly, or by an optimizer that is not a torch.optim.Optimizer, or by a gradient that "
+                "was changed after backward (noise, SAM). Train through a torch.optim.Optimizer (subclass it) with "
+                "the gradient as backward left it, or call resu_step(); exit_resu_mode(verify=False) accepts the "
+                "changed values"
             )
         weight.requires_grad_(self._waiting_trains)
         weight.grad = None
