@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,15 +121,17 @@ def read_masks(path: str | os.PathLike[str], format: str | None = None) -> tuple
     kind = mask_format(path, format)
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    with open(path, "rb"):  # what the system has to say comes out as it is
-        pass
+    with open(path, "rb") as file:  # what the system has to say comes out as it is
+        if not file.read(1):
+            raise FileFormatError(f"cannot read {path} as masks ({kind}): the file is empty")
     try:
         given, packed = _READERS[kind](path)
     except FileFormatError:
         raise
     except Exception as error:
         # Whatever a parser makes of damaged bytes, even an OSError: to the user it is one thing.
-        raise FileFormatError(f"cannot read {path} as masks ({kind}): {error}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileFormatError(f"cannot read {path} as masks ({kind}): {reason}") from error
     body = open_header(MASK_HEADER, given, _VERSION, path)
     return checked_masks(packed, body["masks"], path), body
 
@@ -141,13 +145,32 @@ def _read_safetensors(path: str | os.PathLike[str]) -> _Parts:
 
 
 def _read_pt(path: str | os.PathLike[str]) -> _Parts:
-    given = torch.load(path, map_location="cpu", weights_only=True)  # no code in a pickle runs
+    given = _plain_data(path)
     if not isinstance(given, dict) or not isinstance(given.get("packed"), dict):
         raise FileFormatError(f"{path} is not a mask file written by resu")
     packed = given["packed"]
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in packed.items()):
         raise FileFormatError(f"{path} holds something else than packed masks")
     return given, packed
+
+
+def _plain_data(path: str | os.PathLike[str]) -> Any:
+    """What ``torch.save`` wrote; no code in a pickle runs, and torch's advice to let it run is not passed on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        text = str(error)
+        if "GLOBAL" in text or "TorchScript" in text:
+            reason = "it holds a pickle with code; refused"
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or holds a pickle with code; refused"
+        elif isinstance(error, (RuntimeError, OSError, MemoryError)):
+            reason = text
+        else:  # the parser's own trouble with bytes that mean nothing
+            reason = "it is damaged, or not written by torch.save"
+        raise ValueError(reason) from None
 
 
 def _read_npz(path: str | os.PathLike[str]) -> _Parts:
