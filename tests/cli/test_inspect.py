@@ -1,6 +1,7 @@
 """`resu inspect` on every kind of file, whole and damaged."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -79,6 +80,37 @@ def test_a_file_without_masks_counts_values_and_says_so(resu, tmp_path):
     save_file({"w": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "b": torch.ones(2)}, path)
     assert document(resu, path)["total"]["sparsity"] == 0.75
     assert "not zero" in resu("inspect", path).stdout
+
+
+def test_an_empty_tensor_has_no_sparsity(resu, tmp_path):
+    path = tmp_path / "empty.safetensors"
+    save_file({"none": torch.ones(0, 4), "w": torch.tensor([[1.0, 0.0]])}, path)
+    rows = {row["name"]: row for row in document(resu, path)["tensors"]}
+    assert (rows["none"]["kept"], rows["none"]["sparsity"]) == (0, None)
+    said = resu("inspect", path).stdout
+    assert "0×4" in said
+    assert "Sparsity of 1 weights" in said
+    save_file({"none": torch.ones(0, 4)}, path)
+    assert "Sparsity of" not in resu("inspect", path).stdout
+
+
+@pytest.mark.parametrize("protocol", [2, 4, None])
+def test_a_pickle_with_code_is_refused_in_one_plain_line(refused, tmp_path, protocol):
+    path = tmp_path / "model.pt"
+    if protocol is None:
+        torch.save(nn.Linear(2, 2), path)
+    else:
+        path.write_bytes(pickle.dumps(nn.Linear, protocol))
+    line = refused("inspect", path)
+    assert "holds a pickle with code; refused" in line
+    assert "weights_only" not in line
+
+
+@pytest.mark.parametrize("ending", ["pt", "npz"])
+def test_an_empty_file_has_its_reason(refused, tmp_path, ending):
+    path = tmp_path / f"masks.{ending}"
+    path.write_bytes(b"")
+    assert refused("inspect", path).endswith("the file is empty")
 
 
 def test_a_folder_of_shards(resu, tmp_path):

@@ -329,3 +329,34 @@ def test_trap39_part_of_a_fitting_state_is_not_loaded(tmp_path):
     with pytest.raises(ValueError, match="does not fit the model"):
         load_checkpoint(tmp_path / "m.safetensors", other)
     assert same_state(other, before)
+
+
+def test_trap39_whatever_interrupts_the_loading_nothing_is_loaded(tmp_path):
+    class Odd(nn.Linear):
+        broken = False
+
+        def get_extra_state(self):
+            return {"calls": 1}
+
+        def set_extra_state(self, state):
+            if self.broken:
+                self.broken = False
+                raise KeyError("odd")
+
+    def model():
+        return nn.Sequential(nn.Linear(4, 4), Odd(4, 4))
+
+    other = model()
+    before = {k: v for k, v in copy.deepcopy(other).state_dict().items() if isinstance(v, torch.Tensor)}
+    save_checkpoint({k: torch.zeros_like(v) for k, v in before.items()}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="does not fit the model"):  # the file has no extra state
+        load_checkpoint(tmp_path / "m.safetensors", other)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in before.items())
+    save_checkpoint(
+        {**{k: torch.zeros_like(v) for k, v in before.items()}, "1._extra_state": torch.ones(1)},
+        tmp_path / "n.safetensors",
+    )
+    other[1].broken = True
+    with pytest.raises(KeyError, match="odd"):
+        load_checkpoint(tmp_path / "n.safetensors", other)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in before.items())

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from resu import save_checkpoint
 from resu.core.mask import SparseMask
+from resu.formats import files
 from resu.formats.inspect import describe
 from resu.modules.linear import RESULinear
 from resu.pruning.mask_ops import save_mask
@@ -70,6 +72,19 @@ def test_checkpoints(layout, pruned, tmp_path):
         "sparsity": 0.75,
         "bytes": sum(r["bytes"] for r in found["tensors"]),
     }
+
+
+def test_a_checkpoint_is_read_once(pruned, tmp_path, monkeypatch):
+    save_checkpoint(pruned[0], tmp_path / "m.safetensors", masks=pruned[1])
+    opened = []
+
+    def counted(path, **options):
+        opened.append(path)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(files, "safe_open", counted)
+    assert describe(tmp_path / "m.safetensors")["kind"] == "checkpoint"
+    assert len(opened) == 1
 
 
 @pytest.mark.parametrize("mode", ["SPARSE", "RESU", "QRESU"])

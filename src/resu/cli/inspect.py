@@ -58,7 +58,8 @@ def histogram(sparsities: Sequence[float]) -> list[str]:
 def weights_of(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """One row per weight whose sparsity means something: those with a mask, or else all weights."""
     masked = {row["name"]: row for row in rows if row["masked"] and row["kind"] != "extra"}
-    return list(masked.values()) or [row for row in rows if row["kind"] == "weight"]
+    weights = list(masked.values()) or [row for row in rows if row["kind"] == "weight"]
+    return [row for row in weights if row["sparsity"] is not None]  # None: an empty tensor
 
 
 def _tell(found: Mapping[str, Any]) -> None:
@@ -87,7 +88,7 @@ def _tell(found: Mapping[str, Any]) -> None:
             "×".join(map(str, row["shape"])),
             row["dtype"],
             format_count(row["kept"]) if shown else "",
-            f"{100 * row['sparsity']:.2f} %" if shown else "",
+            f"{100 * row['sparsity']:.2f} %" if shown and row["sparsity"] is not None else "",
             format_bytes(row["bytes"]),
         )
     console.print(table)

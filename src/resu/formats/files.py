@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -197,7 +198,19 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None
         ValueError: If the file is truncated or damaged (the tensor is named), or does not fit the model, which is
             then unchanged.
     """
-    tensors, given = read_safetensors(path)
+    found = parse_checkpoint(*read_safetensors(path), path)
+    if model is not None:
+        _load(model, found.state, path)
+    return found
+
+
+def parse_checkpoint(tensors: Mapping[str, Tensor], given: Mapping[str, str], path: object) -> Checkpoint:
+    """A checkpoint from what :func:`read_safetensors` found at ``path``; every tensor is verified.
+
+    Raises:
+        FileFormatError: If it is damaged (the tensor is named).
+    """
+    tensors = dict(tensors)
     body: dict[str, Any] = {}
     if CHECKPOINT_HEADER in given:
         body = open_header(CHECKPOINT_HEADER, given, VERSION, path)
@@ -215,8 +228,6 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module | None = None
             masks[name] = mask
     for alias, owner in body.get("ties", {}).items():
         tensors[alias] = tensors[owner]
-    if model is not None:
-        _load(model, tensors, path)
     return Checkpoint(tensors, masks, body.get("metadata", {}), extra)
 
 
@@ -230,10 +241,15 @@ def _verify(tensors: Mapping[str, Tensor], sums: Mapping[str, str], path: object
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], path: object) -> None:
-    before = {name: value.detach().clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    before = {
+        name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # an extra state
+        for name, value in model.state_dict().items()
+    }
     try:
         model.load_state_dict(dict(state), strict=True)
-    except RuntimeError as error:
+    except BaseException as error:
         # What fitted has been loaded by then.
         model.load_state_dict(before, strict=True)
-        raise FileFormatError(f"{path} does not fit the model: {error}") from None
+        if isinstance(error, RuntimeError):
+            raise FileFormatError(f"{path} does not fit the model: {error}") from None
+        raise

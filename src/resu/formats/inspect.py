@@ -14,7 +14,14 @@ from resu.core.io import FileFormatError, open_header
 from resu.core.mask import SparseMask
 from resu.core.mask_files import MASK_FORMATS, MASK_HEADER, read_masks
 from resu.formats.bitmask import bitmask_prefixes, take_bitmask, unpack_bitmask
-from resu.formats.files import CHECKPOINT_HEADER, EXTRA_PREFIX, MASK_PREFIX, VERSION, load_checkpoint, read_safetensors
+from resu.formats.files import (
+    CHECKPOINT_HEADER,
+    EXTRA_PREFIX,
+    MASK_PREFIX,
+    VERSION,
+    parse_checkpoint,
+    read_safetensors,
+)
 
 __all__ = ["describe"]
 
@@ -123,7 +130,7 @@ def _checkpoint(path: Path, tensors: dict[str, Tensor], header: Mapping[str, str
     masks: dict[str, SparseMask] = {}
     if CHECKPOINT_HEADER in header:
         body = open_header(CHECKPOINT_HEADER, header, VERSION, path)
-        masks = load_checkpoint(path).masks  # verifies every tensor
+        masks = parse_checkpoint(tensors, header, path).masks  # verifies every tensor
     return _summary(
         path,
         "checkpoint" if body else "safetensors",
@@ -168,7 +175,8 @@ def _layer_row(
     if in_mode and part == "bitmask" and weight is None and (theta := tensors.get(f"{prefix}theta")) is not None:
         kept = sum(int(((tensor >> bit) & 1).sum()) for bit in range(8))
         numel = kept + theta.numel()
-        row |= {"numel": numel, "kept": kept, "sparsity": (numel - kept) / numel, "masked": True}
+        sparsity = (numel - kept) / numel if numel else None
+        row |= {"numel": numel, "kept": kept, "sparsity": sparsity, "masked": True}
         row["name"] = f"{prefix}weight"
     return row
 
