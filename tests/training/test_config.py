@@ -79,6 +79,14 @@ def test_fields_can_be_set_before_the_trainer_is_built() -> None:
         ({"amnesty_r_start": 1.5}, r"amnesty_r_start must lie in \[0, 1\]"),
         ({"densify": True, "densification_steps": 9}, "densification_steps must lie in 1..5"),
         ({"sparsity_schedule": "quartic"}, "quartic"),
+        ({"pruning_method": "magic"}, "unknown importance 'magic'; known: "),
+        ({"distribution": "magic"}, "unknown distribution 'magic'; known: "),
+        ({"base_lr": -1.0}, "base_lr must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"seed": "x"}, "seed must be an integer"),
+        ({"densify": True, "resu_fraction": 0.0, "train_fraction": 0.9}, "needs a resu_fraction above 0"),
+        ({"pruning_method": "taylor", "train_fraction": 0.0, "resu_fraction": 0.9}, "train_fraction above 0"),
+        ({"resurrection": "dormant", "commit_strategy": "simple"}, "leave pruning_method='magnitude'"),
     ],
 )
 def test_bad_values_say_what_to_do(values: dict[str, object], message: str) -> None:

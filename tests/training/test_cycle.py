@@ -225,6 +225,46 @@ def test_accumulation_scaler_scheduler_and_evaluation() -> None:
     assert_exact(trainer, 0.8)
 
 
+def test_dormant_cycles_are_counted_and_evaluated_before_the_next_pruning() -> None:
+    seen = []
+    model = mlp()
+    config = RESUConfig(target_sparsity=0.9, num_cycles=3, steps_per_cycle=10, resurrection="dormant")
+    trainer = RESUTrainer(
+        model, config, torch.optim.Adam(model.parameters()), loss_of,
+        lambda m: seen.append(sum(int((x.weight == 0).sum()) for x in trainer.layers.values())) or 0.0,
+        progress=False,
+    )  # fmt: skip
+    stats = trainer.train(batches(7))
+    assert [s.actual_sparsity for s in stats] == [0.3, 0.6, 0.9]
+    assert seen == [300, 600, 900]
+    assert stats[0].resu_steps == 10
+    assert all(s.n_resurrected > 0 for s in stats[:2])
+
+
+def test_a_users_own_score_gets_the_inputs_it_needs() -> None:
+    from resu.pruning.importance import register_importance
+
+    @register_importance("inputs-squared", needs=("inputs",), replace=True)
+    def score(weight: Tensor, stats: Any) -> Tensor:
+        return weight.abs() * stats.input_norm**2
+
+    model = mlp()
+    config = RESUConfig(target_sparsity=0.5, num_cycles=1, steps_per_cycle=10, pruning_method="inputs-squared")
+    RESUTrainer(model, config, torch.optim.Adam(model.parameters()), loss_of, progress=False).train(batches(7))
+
+
+def test_a_frozen_module_stays_in_eval_mode() -> None:
+    model = convnet()
+    model.train()
+    model[1].eval()
+    config = RESUConfig(target_sparsity=0.5, num_cycles=2, steps_per_cycle=5)
+    trainer = RESUTrainer(model, config, torch.optim.Adam(model.parameters()), loss_of, lambda m: 0.0, progress=False)
+    trainer.train(batches(7, image=True))
+    assert not model[1].training
+    assert model.training
+    assert trainer.model[0].training
+
+
 def test_users_own_pruner_stabilizer_and_globs() -> None:
     model = mlp()
     calls = []
@@ -255,6 +295,14 @@ def test_clear_errors() -> None:
     config.target_sparsity = 1.5
     with pytest.raises(ValueError, match=r"target_sparsity must lie in \[0, 1\)"):
         RESUTrainer(model, config, torch.optim.Adam(model.parameters()), loss_of)
-    other = RESUTrainer(mlp(), RESUConfig(seed=1), torch.optim.Adam(mlp().parameters()), loss_of, progress=False)
+    with pytest.raises(ValueError, match="none of the layers' weights belongs to the optimizer"):
+        RESUTrainer(mlp(), RESUConfig(), torch.optim.Adam(mlp().parameters()), loss_of)
+    with pytest.raises(ValueError, match="neither a pruner nor a stabilizer"):
+        RESUTrainer(
+            model, RESUConfig(resurrection="dormant"), torch.optim.Adam(model.parameters()), loss_of,
+            pruner=lambda t, s: None,
+        )  # fmt: skip
+    another = mlp()
+    other = RESUTrainer(another, RESUConfig(seed=1), torch.optim.Adam(another.parameters()), loss_of, progress=False)
     with pytest.raises(ValueError, match="seed: saved 0, here 1"):
         other.load_state_dict(trainer.state_dict())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resu.core.mask import SparseMask
-from resu.training import RESU, Magnitude, Sparsifier, Static
+from resu.training import RESU, Algorithm, Magnitude, Sparsifier, Static
 from tests.training.helpers import batches, convnet, fit, loss_of, mlp
 
 OPTIMIZERS = {
@@ -90,17 +90,20 @@ def test_resume_equals_uninterrupted(rule: str, cut: int) -> None:
     file = io.BytesIO()
     torch.save([first.state_dict(), first_optimizer.state_dict(), sparsifier.state_dict()], file)
 
-    for order in ("model before driver", "model after driver", "model last"):
+    for order in ("all before driver", "model before driver", "model after driver", "model last"):
         file.seek(0)
         weights, state, masks = torch.load(file, weights_only=True)
         second, second_optimizer = build()
-        if order == "model before driver":
+        if order in ("all before driver", "model before driver"):
             second.load_state_dict(weights)
+        if order == "all before driver":
+            second_optimizer.load_state_dict(state)
         resumed = Sparsifier(second, second_optimizer, RULES[rule])
         if order == "model after driver":
             second.load_state_dict(weights)
         resumed.load_state_dict(masks)
-        second_optimizer.load_state_dict(state)
+        if order != "all before driver":
+            second_optimizer.load_state_dict(state)
         if order == "model last":
             second.load_state_dict(weights)
         fit(second, second_optimizer, data, cut)
@@ -355,6 +358,92 @@ def test_clear_errors() -> None:
     with pytest.raises(ValueError, match="other settings"):
         sparsifier.load_state_dict({**sparsifier.state_dict(), "settings": {}})
     assert all(isinstance(m, SparseMask) for m in sparsifier.masks.values())
+
+
+@pytest.mark.parametrize("rule", [Static(sparsity=0.5), Magnitude(sparsity=0.9, end_step=100), RESU(sparsity=0.5)])
+def test_a_report_is_there_before_the_first_step_and_for_dense_layers(rule: Algorithm) -> None:
+    model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 3))
+    optimizer = torch.optim.Adam(model.parameters())
+    sparsifier = Sparsifier(model, optimizer, rule)  # ERK leaves the small layer dense
+    assert sparsifier.report().layers[1].explored == 1.0
+    assert sparsifier.report().sparsity == pytest.approx(sparsifier.sparsity)
+
+
+def test_a_driver_that_cannot_be_made_leaves_nothing_behind() -> None:
+    for distribution, broken in (({"0": 0.9, "2.wieght": 0.5}, False), ("global", True)):
+        model = mlp()
+        if broken:
+            with torch.no_grad():
+                model[2].weight[0, 0] = torch.nan  # type: ignore[operator,union-attr]
+        before = copy.deepcopy(model.state_dict())
+        optimizer = torch.optim.Adam(model.parameters())
+        with pytest.raises(ValueError, match=r"wieght|NaN"):
+            Sparsifier(model, optimizer, Magnitude(sparsity=0.9), distribution=distribution)  # type: ignore[arg-type]
+        assert not optimizer._optimizer_step_post_hooks
+        assert not optimizer._optimizer_step_pre_hooks
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]) or broken
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+        with torch.no_grad():
+            model[2].weight[0, 0] = 0.1  # type: ignore[operator,union-attr]
+        Sparsifier(model, optimizer, Magnitude(sparsity=0.9), distribution="uniform")
+
+
+@pytest.mark.parametrize("rule", [Static(sparsity=0.8), RESU(sparsity=0.8, initial_sparsity=None, end_step=6)])
+def test_channels_last_and_a_change_of_dtype(rule: Algorithm) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5))
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    runs = []
+    for net in (model, twin):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        runs.append(Sparsifier(net, optimizer, rule, distribution="global"))
+        generator = torch.Generator().manual_seed(0)
+        data = [(torch.randn(4, 4, 6, 6, generator=generator), torch.tensor([0, 1, 2, 3])) for _ in range(4)]
+        fit(net, optimizer, data)
+    assert runs[0].masks == runs[1].masks
+    model.to(torch.bfloat16)
+    for x, y in data:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x.bfloat16()), y).backward()
+        runs[0].optimizer.step()
+    zeros_are_exact(model, runs[0])
+    assert runs[0].step == 8
+
+
+def test_n_of_m_holds_in_every_layer_whatever_the_budget() -> None:
+    model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 4))
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), Static(sparsity=0.5), pattern="2:4")
+    assert [mask.sparsity for mask in sparsifier.masks.values()] == [0.5, 0.5]
+
+
+def all_dense(shapes: dict[str, torch.Size], sparsity: float, scores: object) -> dict[str, int]:
+    return {name: shape.numel() - 1 for name, shape in shapes.items()}
+
+
+def test_a_function_as_distribution_resumes() -> None:
+    states = []
+    for _ in range(2):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sparsifier = Sparsifier(model, optimizer, Static(sparsity=0.5), distribution=all_dense)  # type: ignore[arg-type]
+        if states:
+            sparsifier.load_state_dict(states[0])
+        states.append(sparsifier.state_dict())
+    assert "all_dense" in states[0]["settings"]["distribution"]
+    assert "0x" not in states[0]["settings"]["distribution"]
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, RESU(sparsity=0.5, initial_sparsity=None))
+    fit(model, optimizer, batches(3))
+    state = sparsifier.state_dict()
+    masks = sparsifier.masks
+    with pytest.raises(ValueError, match="no such weight here"):
+        sparsifier.load_state_dict({**state, "step": 99, "theta": {"9.weight": torch.zeros(3)}})
+    assert (sparsifier.step, sparsifier.masks) == (3, masks)
 
 
 def test_a_second_driver_takes_over_after_commit() -> None:

@@ -120,8 +120,10 @@ def init_theta(
         raise TypeError(f"epsilon must be a number >= 0, got {epsilon!r}")
     if not math.isfinite(epsilon) or epsilon < 0:
         raise ValueError(f"epsilon must be a finite number >= 0, got {epsilon!r}")
-    theta = torch.empty(mask.n_pruned, dtype=dtype, device=mask.device if device is None else device)
-    return theta.normal_(0.0, 1.0, generator=generator).mul_(epsilon * sigma)
+    # Drawn on the generator's device, the CPU by default: equal seeds give equal θ on every device.
+    where = "cpu" if generator is None else generator.device
+    theta = torch.empty(mask.n_pruned, dtype=dtype, device=where).normal_(0.0, 1.0, generator=generator)
+    return theta.mul_(epsilon * sigma).to(mask.device if device is None else device)
 
 
 @torch.no_grad()

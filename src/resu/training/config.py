@@ -10,7 +10,9 @@ from typing import Any
 from resu.core.counting import check_sparsity
 from resu.core.schedule import Constant, Cosine, Cubic, Linear, Schedule
 from resu.core.selective import SelectionConfig
+from resu.pruning.allocation import allocations
 from resu.pruning.amnesty import AmnestyConfig
+from resu.pruning.importance import importances
 
 __all__ = [
     "RESUConfig",
@@ -178,6 +180,14 @@ class RESUConfig:
             )
         if self.theta_damping is not None and not self.theta_damping > 0:
             raise ValueError(f"theta_damping must be positive, got {self.theta_damping!r}")
+        if self.base_lr is not None and not self.base_lr > 0:
+            raise ValueError(f"base_lr must be positive, got {self.base_lr!r}")
+        if self.weight_decay is not None and not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        importances[self.pruning_method]
+        allocations[self.distribution]
         self.selection()
         self._check_combinations()
 
@@ -201,6 +211,21 @@ class RESUConfig:
                 "use_amnesty=False contradicts commit_strategy='amnesty'; "
                 "set commit_strategy to 'wanda_reprune' or 'simple'"
             )
+        if self.densify and self.resu_fraction == 0:
+            raise ValueError("densify=True grows by resurrection and needs a resu_fraction above 0")
+        needs = importances[self.pruning_method].needs
+        if needs and self.train_fraction == 0:
+            raise ValueError(
+                f"pruning_method {self.pruning_method!r} needs {', '.join(sorted(needs))} from the TRAIN phase; "
+                "set a train_fraction above 0"
+            )
+        if "hessian" in needs:
+            raise ValueError(f"pruning_method {self.pruning_method!r} needs a Hessian, which cycles do not collect")
+        if self.resurrection == "dormant" and (self.pruning_method, self.commit_strategy) != ("magnitude", "amnesty"):
+            raise ValueError(
+                "dormant cycles prune and readmit by magnitude in their tournaments; leave pruning_method='magnitude' "
+                "and commit_strategy='amnesty'"
+            )
         if self.quantize_bits is not None and not self.freeze_active_during_resu:
             raise ValueError("quantized active weights cannot train; set freeze_active_during_resu=True")
         if self.use_selective and not self.freeze_active_during_resu:
@@ -211,6 +236,12 @@ class RESUConfig:
             raise ValueError(
                 "dormant θ learns while active weights train; quantize_bits goes with resurrection='inline'"
             )
+
+    @property
+    def commit_score(self) -> str | None:
+        """The importance that COMMIT ranks by; None where it merges everything."""
+        strategies = {"amnesty": self.amnesty().importance, "wanda_reprune": "wanda", "simple": None}
+        return strategies[self.commit_strategy]
 
     def amnesty(self) -> AmnestyConfig:
         """The settings of the tournament at COMMIT."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from resu.pruning.importance import importances
 from resu.training.phases import commit_layers, enter_layers, prune_layers, sparsity_of
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class RESUCycle:
     def begin(self) -> None:
         """Start the first phase that has steps (a cycle that is fresh, not a resumed one)."""
         self.started = time.monotonic()
+        if self.trainer.dormant is not None:
+            self.trainer.dormant.begin(self.cycle)
         self._open()
         self._skip_finished()
 
@@ -172,9 +175,8 @@ class RESUCycle:
         """Collect input norms in the last steps before they are needed."""
         config = self.trainer.config
         left = self.plan[self.position][1] - self.done
-        wanted = (phase == "train" and config.pruning_method in ("wanda", "ria")) or (
-            phase == "resu" and (config.commit_strategy == "wanda_reprune" or config.amnesty_score_type == "wanda")
-        )
+        scores = {"train": config.pruning_method, "resu": config.commit_score}.get(phase)
+        wanted = scores is not None and "inputs" in importances[scores].needs
         if wanted and left <= _CAPTURE:
             for layer in self.trainer.layers.values():
                 layer.capture_activations = True
@@ -191,7 +193,7 @@ class RESUCycle:
         trainer, sums = self.trainer, self.sums
         steps, updates = sums["train"] + sums["resu"], max(1.0, sums["updates"])
         if trainer.dormant is not None:
-            sums.update(trainer.dormant.result(self.cycle))
+            sums.update(trainer.dormant.result())
         return CycleStats(
             cycle=self.cycle,
             target_sparsity=self.target,

@@ -26,13 +26,12 @@ class _Staircase(RESU):
     stage_steps: int = 1
 
     def target(self, step: int) -> float:
-        """The stair at ``step``."""
-        return self.stages[min(step // self.stage_steps, len(self.stages) - 1)]
+        """The stair of the cycle that ``step`` ends."""
+        return self.stages[min(max(0, step - 1) // self.stage_steps, len(self.stages) - 1)]
 
     def due(self, step: int) -> bool:
-        """Every interval until the freeze, and at each stair."""
-        stair = step % self.stage_steps == 0 and step // self.stage_steps < len(self.stages)
-        return stair or super().due(step)
+        """Every interval until the freeze; the stairs themselves are taken by the plan."""
+        return step > 0 and super().due(step)
 
 
 class DormantPlan:
@@ -69,7 +68,7 @@ class DormantPlan:
             include=[f"{name}.weight" if name else "weight" for name in layers],
             seed=config.seed,
         )
-        self._at_start: dict[int, dict[str, SparseMask]] = {0: self.sparsifier.masks}
+        self._at_start: dict[str, SparseMask] = {}
 
     @property
     def sparsity(self) -> float:
@@ -79,13 +78,17 @@ class DormantPlan:
     def phases(self, cycle: int) -> tuple[tuple[str, int], ...]:
         """RESU until the freeze, STABILIZE after it."""
         begin = cycle * self.config.steps_per_cycle
-        self._at_start.setdefault(cycle, self.sparsifier.masks)
         resu = max(0, min(self.config.steps_per_cycle, self.freeze_step - begin))
         return ("resu", resu), ("stabilize", self.config.steps_per_cycle - resu)
 
-    def result(self, cycle: int) -> dict[str, float]:
+    def begin(self, cycle: int) -> None:
+        """PRUNE: to the cycle's target, before its first step."""
+        self.sparsifier.prune_to(self.config.target(cycle))
+        self._at_start = self.sparsifier.masks
+
+    def result(self) -> dict[str, float]:
         """Who came back between the cycle's first step and now."""
-        before, now = self._at_start.pop(cycle), self.sparsifier.masks
+        before, now = self._at_start, self.sparsifier.masks
         resurrected = sum(int((now[n].mask & ~before[n].mask).sum()) for n in now)
         kept = sum(int((now[n].mask & before[n].mask).sum()) for n in now)
         pruned = sum(mask.n_pruned for mask in before.values())
@@ -107,15 +110,10 @@ class DormantPlan:
         """The driver's state and the masks the running cycle began with."""
         return {
             "sparsifier": self.sparsifier.state_dict(),
-            "at_start": {
-                cycle: {n: mask.state_dict() for n, mask in masks.items()} for cycle, masks in self._at_start.items()
-            },
+            "at_start": {n: mask.state_dict() for n, mask in self._at_start.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         self.sparsifier.load_state_dict(state["sparsifier"])
-        self._at_start = {
-            cycle: {n: SparseMask.from_state_dict(m) for n, m in masks.items()}
-            for cycle, masks in state["at_start"].items()
-        }
+        self._at_start = {n: SparseMask.from_state_dict(mask) for n, mask in state["at_start"].items()}

@@ -16,7 +16,7 @@ class Feed:
     At the start of an epoch the random state that a shuffling loader draws from is noted (torch's global
     CPU generator and the loader's own ``generator``). To resume, that state is put back, the epoch's first batches are
     drawn again and dropped, and the state of the saved moment returns: the same batches follow, for a
-    ``DataLoader`` that shuffles, as for a list.
+    ``DataLoader`` that shuffles, as for a list. Python's and NumPy's generators are not kept.
 
     Raises:
         ValueError: If the loader is empty or can be iterated only once.
@@ -44,10 +44,15 @@ class Feed:
     def _random_state(self) -> dict[str, torch.Tensor]:
         own = self._own_generator()
         state = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            state |= {f"cuda:{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
         return state if own is None else {**state, "loader": own.get_state()}
 
     def _set_random_state(self, state: dict[str, torch.Tensor]) -> None:
         torch.set_rng_state(state["torch"])
+        for key, value in state.items():
+            if key.startswith("cuda:"):
+                torch.cuda.set_rng_state(value, key)
         own = self._own_generator()
         if own is not None and "loader" in state:
             own.set_state(state["loader"])

@@ -35,7 +35,8 @@ def seeded(seed: int, *key: object) -> Iterator[None]:
     """Draw from a generator derived from ``seed`` and ``key``; the global one goes on as if nothing had happened."""
     digest = hashlib.sha256("|".join(map(str, (seed, *key))).encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        # Not torch.manual_seed, which would seed every accelerator too and leave it so.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         yield
 
 

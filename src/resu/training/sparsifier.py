@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resu.core.counting import check_sparsity
 from resu.core.enforcement import Constraint, is_held
 from resu.core.layers import Layer, select
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
-from resu.pruning.allocation import Allocation, allocate, global_masks
+from resu.pruning.allocation import Allocation, allocate, allocations, global_masks
 from resu.training.algorithms.base import Algorithm, View
 from resu.training.report import LayerReport, SparsityReport
 
@@ -57,7 +58,7 @@ class Sparsifier:
         pattern: Which positions compete: a :class:`~resu.core.pattern.Pattern` or a name such as ``"row"``, ``"2:4"``,
             ``"block:16x1"``; None: single weights within the tensor.
         distribution: How the budget is divided over layers: ``"erk"``, ``"er"``, ``"uniform"``, ``"global"``, a mapping
-            ``{glob: sparsity}`` (unmatched layers stay dense) or a function.
+            ``{glob: sparsity}`` (unmatched layers stay dense) or a function. N:M fixes every layer's share itself.
         include: Globs of weights to prune; None: all linear and convolution weights (:func:`~resu.core.layers.select`).
         exclude: Globs of weights to leave dense.
         seed: Of every random choice; choices depend on (seed, layer, step) alone.
@@ -106,21 +107,24 @@ class Sparsifier:
             name: SparseMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in self.layers.items()
         }
         self._constraints = {n: Constraint(self.layers[n].weight, full[n]) for n in self.layers}
-        self._ever = dict(full) if not algorithm.due(0) else {}
         self._theta: dict[str, Tensor] = {}
-        self._undo: dict[str, tuple[Tensor, int]] = {}
-        self._hook = optimizer.register_step_post_hook(self._after_step)
-        if algorithm.due(0):
-            before = {n: layer.weight.detach().clone() for n, layer in self.layers.items()}
-            try:
-                self._update()
-            except BaseException:  # nothing stays behind: no hook, no pruned weight
-                self._release()
-                for name, weight in before.items():
-                    self._restore(name, weight)
-                raise
-            # Until the first step, loading a state can give back what this pruning took (see load_state_dict).
-            self._undo = {n: (w, self.layers[n].weight._version) for n, w in before.items()}
+        self._ever: dict[str, SparseMask] = {}
+        # What the pruning at step 0 took from each weight, given back if a state is loaded (see load_state_dict), and
+        # where the optimizer's state is to be cleared once the first step comes.
+        self._undo: dict[str, tuple[Tensor, Tensor, int]] | None = {}
+        self._unclear: dict[str, Tensor] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        try:
+            if algorithm.due(0):
+                self._update(algorithm.target(0))
+        except BaseException:  # nothing stays behind: no hook, no pruned weight
+            self._release()
+            self._give_back()
+            raise
+        self._ever = self.masks
         self._set_learning()
 
     def _check(self) -> None:
@@ -136,6 +140,13 @@ class Sparsifier:
                 f"{', '.join(held[:5])} {'is' if len(held) == 1 else 'are'} held by a mask already; call commit() on "
                 "the Sparsifier that made it, or remove_mask() on the layer, before another takes over"
             )
+        if isinstance(self.distribution, str):
+            allocations[self.distribution]
+        elif isinstance(self.distribution, Mapping):
+            shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
+            allocate(self.distribution, shapes, self.algorithm.sparsity)
+        if isinstance(self.pattern, NM) and isinstance(self.distribution, str):
+            self.distribution = "uniform"  # N:M fixes every layer's share; no other budget can be kept
         if isinstance(self.pattern, NM) and abs(self.algorithm.sparsity - self.pattern.sparsity) > 1e-9:
             raise ValueError(
                 f"pattern {self.pattern.n}:{self.pattern.m} has sparsity {self.pattern.sparsity:g}, the algorithm asks "
@@ -171,18 +182,29 @@ class Sparsifier:
         )
 
     # -- the step ------------------------------------------------------------------------------------
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for name, positions in self._unclear.items():
+            clear_state(optimizer, self.layers[name].weight, positions)
+        self._unclear = {}
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers skip inside their own step
         if isinstance(found_inf, Tensor) and bool(found_inf):
             return
-        self._undo = {}
+        self._undo = None
         if self._theta:
             self._absorb()
         self.step += 1
         if self.algorithm.due(self.step):
             for constraint in self._constraints.values():
                 constraint.enforce()
-            self._update()
+            self._update(self.algorithm.target(self.step))
+        self._set_learning()
+
+    def prune_to(self, sparsity: float) -> None:
+        """Update the topology now, between two steps, to ``sparsity``; the schedule goes on as before."""
+        check_sparsity(sparsity)
+        self._update(sparsity)
         self._set_learning()
 
     @torch.no_grad()
@@ -191,6 +213,8 @@ class Sparsifier:
         gamma = self.algorithm.damping
         for name, theta in self._theta.items():
             constraint, weight = self._constraints[name], self.layers[name].weight
+            if (theta.dtype, theta.device) != (weight.dtype, weight.device):  # model.to(…) since the last step
+                theta = self._theta[name] = theta.to(weight.device, weight.dtype)
             held = constraint.held()
             theta.add_(torch.where(held, weight, 0), alpha=gamma)
             weight.masked_fill_(held, 0)
@@ -208,9 +232,8 @@ class Sparsifier:
             self._theta = {}
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self, sparsity: float) -> None:
         """One topology update of all layers."""
-        sparsity = self.algorithm.target(self.step)
         views = {name: self._view(name) for name in self.layers}
         if sparsity > 0 and self._ranks_globally():
             scores = {name: self.algorithm.scores(view) for name, view in views.items()}
@@ -274,24 +297,40 @@ class Sparsifier:
         theta = self._theta.get(name)
         if theta is None and self.algorithm.learns_pruned and self.algorithm.learning(self.step):
             theta = self._theta[name] = torch.zeros_like(weight)
-        # Few positions change in one update, so only those are touched.
+        # Few positions change in one update, so only those are touched; by coordinates, for any memory format.
         changed = (old ^ new).reshape(-1).nonzero().view(-1)
         if changed.numel() == 0:
             return
         grown = new.reshape(-1)[changed]
-        flat = weight.view(-1)
+        at = torch.unravel_index(changed, weight.shape)
+        value = weight[at]
+        if self._undo is not None and self.step == 0:
+            self._undo.setdefault(name, (changed, value.clone(), 0))
         if theta is not None:
-            waiting = theta.view(-1)
-            value = flat[changed] + waiting[changed]
-            flat[changed] = torch.where(grown, value, 0)
-            waiting[changed] = torch.where(grown, 0, value)
+            value += theta[at]
+            theta[at] = torch.where(grown, 0, value)
+            weight[at] = torch.where(grown, value, 0)
         else:
-            flat[changed[~grown]] = 0
+            weight[at] = torch.where(grown, value, 0)
         if self.algorithm.clears_state:
-            clear_state(self.optimizer, weight, changed)
+            if self._undo is not None and self.step == 0:
+                self._unclear[name] = changed
+            else:
+                clear_state(self.optimizer, weight, changed)
         constraint.mask = SparseMask(new)
-        ever = self._ever.get(name)
-        self._ever[name] = constraint.mask if ever is None else ever | constraint.mask
+        if self._undo is not None and name in self._undo:
+            self._undo[name] = (*self._undo[name][:2], weight._version)
+        if name in self._ever:
+            self._ever[name] = self._ever[name] | constraint.mask
+
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        """Undo the pruning at step 0 in every weight that nobody has written to since."""
+        for name, (changed, value, version) in (self._undo or {}).items():
+            weight = self.layers[name].weight
+            if weight._version == version:
+                weight[torch.unravel_index(changed, weight.shape)] = value
+        self._undo = None
 
     # -- end and resume ------------------------------------------------------------------------------
     def commit(self) -> dict[str, SparseMask]:
@@ -308,15 +347,14 @@ class Sparsifier:
     def _release(self) -> None:
         for constraint in self._constraints.values():
             constraint.remove()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._theta = {}
 
-    @torch.no_grad()
-    def _restore(self, name: str, weight: Tensor) -> None:
-        self.layers[name].weight.copy_(weight)
-
     def _settings(self) -> dict[str, Any]:
-        distribution = self.distribution
+        distribution: Any = self.distribution
+        if callable(distribution):  # named without its address, which is another in every process
+            distribution = f"{distribution.__module__}.{getattr(distribution, '__qualname__', type(distribution))}"
         return {
             "algorithm": type(self.algorithm).__name__,
             "options": dataclasses.asdict(self.algorithm),
@@ -360,27 +398,26 @@ class Sparsifier:
             raise ValueError(f"the saved run has other layers; not in both: {', '.join(odd[:10])}")
         masks = {n: SparseMask.from_state_dict(s) for n, s in state["masks"].items()}
         ever = {n: SparseMask.from_state_dict(s) for n, s in state["explored"].items()}
+        theta: dict[str, Tensor] = dict(state["theta"])
+        for name, value in theta.items():
+            if name not in self.layers or value.shape != self.layers[name].weight.shape:
+                raise ValueError(f"the saved run has θ {tuple(value.shape)} for {name!r}: no such weight here")
         for name, mask in masks.items():
             if mask.shape != self.layers[name].weight.shape:
                 raise ValueError(
                     f"saved mask of {name!r} has shape {tuple(mask.shape)}, "
                     f"the weight {tuple(self.layers[name].weight.shape)}"
                 )
+        # If the model was loaded before this Sparsifier was made, the pruning at step 0 took weights that the saved
+        # mask keeps: give them back. If it was loaded since, the weights are the saved ones already.
+        self._give_back()
         self.step = int(state["step"])
+        if self.step > 0:
+            self._unclear = {}  # done in the saved run
         self._ever = {n: m.to(self.layers[n].weight.device) for n, m in ever.items()}
         for name, constraint in self._constraints.items():
-            weight = self.layers[name].weight
-            # If the model was loaded before this Sparsifier was made, the pruning at step 0 took weights that the saved
-            # mask keeps: give them back. If it was loaded since, the weights are the saved ones already.
-            original, version = self._undo.get(name, (None, -1))
-            if original is not None and weight._version == version:
-                self._restore(name, original)
-            constraint.mask = masks[name].to(weight.device)
-        self._undo = {}
-        self._theta = {
-            n: t.to(self.layers[n].weight.device, self.layers[n].weight.dtype, copy=True)
-            for n, t in state["theta"].items()
-        }
-        learning = bool(self._theta)
+            constraint.mask = masks[name].to(self.layers[name].weight.device)
+        weights = {name: self.layers[name].weight for name in theta}
+        self._theta = {n: t.to(weights[n].device, weights[n].dtype, copy=True) for n, t in theta.items()}
         for constraint in self._constraints.values():
-            constraint.mask_gradient = not learning
+            constraint.mask_gradient = not self._theta

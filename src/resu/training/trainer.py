@@ -91,6 +91,7 @@ class RESUTrainer:
         self.pruner, self.stabilizer, self.callbacks = pruner, stabilizer, tuple(callbacks)
         self.scheduler, self.scaler, self.accumulate = scheduler, scaler, accumulate
         self.progress = progress
+        self._check()
         for group in optimizer.param_groups:
             if config.base_lr is not None:
                 group["lr"] = config.base_lr
@@ -108,6 +109,21 @@ class RESUTrainer:
         elif config.initial_sparsity > 0:
             prune_layers(self.layers, config.initial_sparsity, config, optimizer, -1)
         self._cycle: RESUCycle | None = None
+
+    def _check(self) -> None:
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(layer.weight) in owned for layer in self.layers.values()):
+            raise ValueError(
+                "none of the layers' weights belongs to the optimizer; build it from the parameters of this model"
+            )
+        tied = [name for name, layer in self.layers.items() if layer._shared_with]
+        if self.config.quantize_bits is not None and tied:
+            raise ValueError(
+                f"{', '.join(tied)}: a weight shared with another module cannot be quantized; exclude it or leave "
+                "quantize_bits unset"
+            )
+        if self.config.resurrection == "dormant" and (self.pruner or self.stabilizer):
+            raise ValueError("dormant cycles have neither a pruner nor a stabilizer; use resurrection='inline'")
 
     # -- what is -----------------------------------------------------------------------------------------
     @property
@@ -157,7 +173,8 @@ class RESUTrainer:
         first = len(self.history)
         last = self.config.cycles if num_cycles is None else min(first + num_cycles, self.config.cycles)
         budget = math.inf if max_steps is None else max_steps
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         with Progress(self, enabled=self.progress) as bar:
             while len(self.history) < last:
                 if self._cycle is None:
@@ -185,11 +202,14 @@ class RESUTrainer:
     def _evaluate(self) -> float | None:
         if self.eval_fn is None:
             return None
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        with torch.no_grad():
-            result = float(self.eval_fn(self.model))
-        self.model.train()
-        return result
+        try:
+            with torch.no_grad():
+                return float(self.eval_fn(self.model))
+        finally:  # modules that were in eval mode, a frozen batch norm say, stay there
+            for module in training:
+                module.training = True
 
     def notify(self, event: str, **info: Any) -> None:
         """Tell the callbacks."""

@@ -28,6 +28,8 @@ class RESU(Algorithm):
     Relatives: γ=1 with ``interval=16`` is dynamic pruning with feedback (Lin et al., arXiv 2006.07253); γ=1 with
     ``interval=1``, one shot and no ``end_step`` is straight-through training. ``docs/honest.md`` compares them.
 
+    While θ learns, ``weight.grad`` is dense: a gradient norm taken of it (clipping) covers pruned positions too.
+
     Give ``end_step``: 0.7 of the run in one shot, 0.9 with a ramp. Without it the mask never settles. A step costs what
     masked training costs on dense hardware plus, when due, one selection over all weights (about as much as an
     optimizer step on them); θ is one more value per weight.
@@ -64,7 +66,8 @@ class RESU(Algorithm):
                 raise ValueError(
                     f"initial_sparsity {self.initial_sparsity} is above the final sparsity {self.sparsity}"
                 )
-        one_shot = self.initial_sparsity in (None, self.sparsity)
+        no_ramp = self.ramp_end_step is None and self.end_step is None
+        one_shot = no_ramp or self.initial_sparsity in (None, self.sparsity)
         # Resolved here, so that a saved state names the values that were used.
         if self.gamma is None:
             object.__setattr__(self, "gamma", 2.0 if one_shot else 1.0)
