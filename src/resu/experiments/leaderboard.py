@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resu.experiments.plots import draw_accuracy, new_figure, to_png
+from resu.experiments.plots import draw_accuracy, legend_below, new_figure, to_png
 from resu.experiments.recipes import COLUMNS, Row
 
 __all__ = ["Cell", "Table", "append_row", "markdown", "plot", "read_rows", "tables"]
@@ -195,28 +195,25 @@ def markdown(table: Table, order: Sequence[str] = ()) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def plot(found: Sequence[Table], path: str | Path, order: Sequence[str] = (), leave_out: str = "static") -> None:
+def plot(found: Sequence[Table], path: str | Path, methods: Sequence[str]) -> None:
     """The metric against sparsity, one panel per table: means over seeds, from the lowest to the highest.
 
-    ``leave_out`` is far below the others and would press them together; tables have it.
+    Each of ``methods`` has the same colour in every panel; the others are in the tables only.
     """
     columns = min(2, len(found))
     height = -(-len(found) // columns)
-    figure = new_figure(6.4 * columns, 4.6 * height)
+    figure = new_figure(6.4 * columns, 4.6 * height + 0.6)
+    there = [m for m in methods if any(m in table.cells for table in found)]
     for i, table in enumerate(found):
-        names = [m for m in order if m in table.cells] + sorted(set(table.cells) - set(order))
         dense = table.cells.get("dense", {}).get(0.0)
         draw_accuracy(
             figure.add_subplot(height, columns, i + 1),
-            {
-                name: {sparsity: cell.values for sparsity, cell in table.cells[name].items()}
-                for name in names
-                if name not in ("dense", leave_out)
-            },
+            {m: {s: cell.values for s, cell in table.cells.get(m, {}).items()} for m in there},
             dense.values if dense is not None else (),
             title=f"{table.task}, {table.regime}, {table.steps} steps",
             y="test accuracy (%)" if table.metric == "accuracy" else "test loss (nats), lower is better",
         )
+    legend_below(figure, columns=5)
     scratch = Path(path).with_suffix(".part.png")
     scratch.write_bytes(to_png(figure, dpi=100))
     os.replace(scratch, path)

@@ -18,6 +18,9 @@ ORDER = (
 )
 """Methods in the order of tables: baselines first, then the resurrection methods."""
 
+_PLOTTED = tuple(
+    f"{name}{budget}" for name in ("one-shot", "gradual", "straight-through", "resu") for budget in ("", "-global")
+)
 _BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
 _TITLES = {
     "mlp": "MLP 784-300-100-10, Fashion-MNIST",
@@ -55,7 +58,7 @@ def render(folder: str | Path, page: str | Path) -> None:
     before, after = _around_marks(page)
     image = page.with_suffix(".png")
     page.parent.mkdir(parents=True, exist_ok=True)
-    plot(found, image, ORDER)
+    plot(found, image, _PLOTTED)
     body = "\n\n".join(_section(table) for table in found)
     settings = _settings(found)
     _write(page, f"{before}{_BEGIN}\n\n![Results]({image.name})\n\n{body}\n\n{settings}\n\n{_END}{after}")
