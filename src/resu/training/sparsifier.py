@@ -17,24 +17,15 @@ from resu.core.layers import Layer, select
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
-from resu.pruning.allocation import Allocation, allocate, allocations, global_masks
+from resu.pruning.allocation import Allocation, global_masks
 from resu.training.algorithms.base import Algorithm, View
+from resu.training.budget import check_distribution, described, keeps_at
 from resu.training.report import LayerReport, SparsityReport
+from resu.training.wrappers import unwrap
 
 __all__ = ["Sparsifier"]
 
 _FORMAT = 1
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside ``torch.compile`` and data-parallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _generator(seed: int, name: str, step: int) -> torch.Generator:
@@ -140,11 +131,8 @@ class Sparsifier:
                 f"{', '.join(held[:5])} {'is' if len(held) == 1 else 'are'} held by a mask already; call commit() on "
                 "the Sparsifier that made it, or remove_mask() on the layer, before another takes over"
             )
-        if isinstance(self.distribution, str):
-            allocations[self.distribution]
-        elif isinstance(self.distribution, Mapping):
-            shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
-            allocate(self.distribution, shapes, self.algorithm.sparsity)
+        shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
+        check_distribution(self.distribution, shapes, self.algorithm.sparsity)
         if isinstance(self.pattern, NM) and isinstance(self.distribution, str):
             self.distribution = "uniform"  # N:M fixes every layer's share; no other budget can be kept
         if isinstance(self.pattern, NM) and abs(self.algorithm.sparsity - self.pattern.sparsity) > 1e-9:
@@ -271,19 +259,10 @@ class Sparsifier:
 
     def _allocate(self, views: Mapping[str, View], sparsity: float) -> dict[str, int]:
         shapes = {name: view.weight.shape for name, view in views.items()}
-        distribution = self.distribution
-        if isinstance(distribution, Mapping) and sparsity != self.algorithm.sparsity:
-            # On the way every layer is at the same fraction of its own final sparsity.
-            share = sparsity / self.algorithm.sparsity
-            distribution = {glob: s * share for glob, s in distribution.items()}
         scores = None
-        if distribution == "global" and sparsity > 0:
+        if self.distribution == "global" and sparsity > 0:
             scores = {name: self.algorithm.scores(view) for name, view in views.items()}
-        keeps = (
-            {name: shape.numel() for name, shape in shapes.items()}
-            if sparsity == 0
-            else allocate(distribution, shapes, sparsity, scores)
-        )
+        keeps = keeps_at(self.distribution, shapes, sparsity, self.algorithm.sparsity, scores)
         return {
             n: keep if keep == shapes[n].numel() else self.pattern.reachable(shapes[n], keep)
             for n, keep in keeps.items()
@@ -352,14 +331,11 @@ class Sparsifier:
         self._theta = {}
 
     def _settings(self) -> dict[str, Any]:
-        distribution: Any = self.distribution
-        if callable(distribution):  # named without its address, which is another in every process
-            distribution = f"{distribution.__module__}.{getattr(distribution, '__qualname__', type(distribution))}"
         return {
             "algorithm": type(self.algorithm).__name__,
             "options": dataclasses.asdict(self.algorithm),
             "pattern": repr(self.pattern),
-            "distribution": dict(distribution) if isinstance(distribution, Mapping) else str(distribution),
+            "distribution": described(self.distribution),
             "seed": self.seed,
         }
 
