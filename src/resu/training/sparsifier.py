@@ -203,9 +203,10 @@ class Sparsifier:
             constraint, weight = self._constraints[name], self.layers[name].weight
             if (theta.dtype, theta.device) != (weight.dtype, weight.device):  # model.to(…) since the last step
                 theta = self._theta[name] = theta.to(weight.device, weight.dtype)
-            held = constraint.held()
-            theta.add_(torch.where(held, weight, 0), alpha=gamma)
-            weight.masked_fill_(held, 0)
+            update = weight.detach().clone()
+            constraint.mask.zero_(update, active=True)
+            theta.add_(update, alpha=gamma)
+            constraint.enforce()
 
     def _set_learning(self) -> None:
         """Open or close the gradient of pruned positions; θ ends with its learning."""
