@@ -31,8 +31,8 @@ class RESU(Algorithm):
     While θ learns, ``weight.grad`` is dense: a gradient norm taken of it (clipping) covers pruned positions too.
 
     Give ``end_step``: 0.7 of the run in one shot, 0.9 with a ramp. Without it the mask never settles. A step costs what
-    masked training costs on dense hardware plus, when due, one selection over all weights (about as much as an
-    optimizer step on them); θ is one more value per weight.
+    masked training costs on dense hardware plus, when due, one selection over all weights
+    (``benchmarks/bench_sparsifier.py``); θ is one more value per weight.
 
     Args:
         initial_sparsity: Sparsity at ``begin_step``, where the cubic ramp starts. None (or ``sparsity``) prunes in one
