@@ -139,6 +139,18 @@ def resu_sparse(plan: Plan) -> Setting:
     return _dormant(plan, interval=16)
 
 
+@methods.register("resu-every-2")
+def resu_every_2(plan: Plan) -> Setting:
+    """`resu` with a tournament every second step."""
+    return _dormant(plan, interval=2)
+
+
+@methods.register("resu-gamma-3")
+def resu_gamma_3(plan: Plan) -> Setting:
+    """`resu` with γ=3."""
+    return _dormant(plan, gamma=3.0)
+
+
 @methods.register("dormant-0.3")
 def dormant_damped(plan: Plan) -> Setting:
     """Dormant resurrection damped by γ=0.3, a tournament every 16 steps."""

@@ -14,7 +14,8 @@ __all__ = ["ORDER", "render", "summarize"]
 ORDER = (
     *("dense", "static", "one-shot", "one-shot-global", "gradual", "gradual-global"),
     *("feedback", "straight-through", "straight-through-global"),
-    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3", "resu-every-16", "resu", "resu-global"),
+    *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3"),
+    *("resu-every-16", "resu-every-2", "resu-gamma-3", "resu", "resu-global"),
 )
 """Methods in the order of tables: baselines first, then the resurrection methods."""
 

@@ -75,11 +75,6 @@ class RESUCycle:
         """The phase of the next step: ``"train"``, ``"stabilize"``, ``"resu"``, or ``"done"`` after COMMIT."""
         return self.plan[self.position][0] if self.position < len(self.plan) else "done"
 
-    @property
-    def steps_left(self) -> int:
-        """Steps until the cycle's COMMIT."""
-        return sum(steps for _, steps in self.plan[self.position :]) - self.done
-
     def begin(self) -> None:
         """Start the first phase that has steps (a cycle that is fresh, not a resumed one)."""
         self.started = time.monotonic()

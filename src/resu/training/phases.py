@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 from resu.core.pattern import Unstructured
+from resu.core.randomness import derived_generator, derived_seed
 from resu.modules.base import RESUMode, RESUModule
 from resu.pruning.allocation import allocate
 from resu.pruning.amnesty import Amnesty
@@ -33,18 +33,15 @@ def sparsity_of(layers: Layers) -> float:
 @contextmanager
 def seeded(seed: int, *key: object) -> Iterator[None]:
     """Draw from a generator derived from ``seed`` and ``key``; the global one goes on as if nothing had happened."""
-    digest = hashlib.sha256("|".join(map(str, (seed, *key))).encode()).digest()
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed every accelerator too and leave it so.
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        torch.default_generator.manual_seed(derived_seed(seed, *key))
         yield
 
 
 def stats_of(layer: RESUModule, name: str, config: RESUConfig, cycle: int) -> Stats:
     """What a score may look at: the last gradient, the captured input norms, a generator of its own."""
-    generator = torch.Generator()
-    with seeded(config.seed, name, cycle, "score"):
-        generator.manual_seed(torch.initial_seed())
+    generator = derived_generator(config.seed, name, cycle, "score")
     norms = layer.activation_norms
     if norms is not None:  # of the weight's shape, so that groups of a convolution see their own inputs
         norms = layer._norms_like_weight(norms).expand(layer.weight_shape)

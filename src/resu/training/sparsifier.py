@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from resu.core.layers import Layer, select
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
+from resu.core.randomness import derived_generator
 from resu.pruning.allocation import Allocation, global_masks
 from resu.training.algorithms.base import Algorithm, View
 from resu.training.budget import check_distribution, described, keeps_at
@@ -26,12 +26,6 @@ from resu.training.wrappers import unwrap
 __all__ = ["Sparsifier"]
 
 _FORMAT = 1
-
-
-def _generator(seed: int, name: str, step: int) -> torch.Generator:
-    # Not Python's hash(): it differs from process to process.
-    digest = hashlib.sha256(f"{seed}|{name}|{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class Sparsifier:
@@ -180,12 +174,14 @@ class Sparsifier:
         if isinstance(found_inf, Tensor) and bool(found_inf):
             return
         self._undo = None
-        if self._theta:
-            self._absorb()
         self.step += 1
-        if self.algorithm.due(self.step):
+        due = self.algorithm.due(self.step)
+        if self._theta:
+            self._absorb()  # which zeroes the pruned positions as well
+        elif due:
             for constraint in self._constraints.values():
                 constraint.enforce()
+        if due:
             self._update(self.algorithm.target(self.step))
         self._set_learning()
 
@@ -253,7 +249,7 @@ class Sparsifier:
             weight=weight,
             mask=mask,
             keep=0,
-            generator=_generator(self.seed, name, self.step),
+            generator=derived_generator(self.seed, name, self.step),
             pattern=self.pattern,
             theta=theta,
         )
