@@ -21,7 +21,6 @@ from resu.pruning.mask_ops import (
     apply_masks_to_model,
     compute_sparsity_stats,
     load_mask,
-    plot_sparsity_histogram,
     save_mask,
     validate_mask,
 )
@@ -349,21 +348,3 @@ def test_the_header_is_readable_by_anyone(tmp_path):
     assert entry["kept"] == int(some_masks()["conv.weight"].sum())
     assert len(entry["sha256"]) == 64
     assert body["library"]
-
-
-# -- plot ----------------------------------------------------------------------------------------------
-
-
-def test_the_histogram_counts_layers(tmp_path):
-    pytest.importorskip("matplotlib")
-    figure = plot_sparsity_histogram(some_masks(), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert sum(bar.get_height() for bar in figure.axes[0].patches) == 4
-    plot_sparsity_histogram(some_masks(), tmp_path / "plot.svg")
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
-
-
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'resu-torch\[plots\]'"):
-        plot_sparsity_histogram(some_masks())

@@ -90,7 +90,7 @@ class MaskGenerator:
             seed=self.seed,
         )
         # Patterns see [out, in].
-        scores = {n: s.t() if self.layers[n].transposed else s for n, s in scores.items()}
+        scores = {n: self.layers[n].matrix(s) for n, s in scores.items()}
         for name, score in scores.items():
             check_finite(score, f"scores of {name!r}")
         shapes = {name: score.shape for name, score in scores.items()}
@@ -100,7 +100,7 @@ class MaskGenerator:
             assert not isinstance(self.sparsity, Mapping)
             keeps = allocate(self.distribution, shapes, self.sparsity, scores)
         masks = {n: self.pattern.select(score, keeps[n]) for n, score in scores.items()}
-        return {n: m.t().contiguous() if self.layers[n].transposed else m for n, m in masks.items()}
+        return {n: self.layers[n].unmatrix(m) for n, m in masks.items()}
 
 
 def compute_unstructured_mask(

@@ -1,42 +1,35 @@
-"""What one does with masks: check, count, apply, save, load, plot."""
+"""What one does with masks: check, count, compare, combine, apply, save, load, plot."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resu.core.io import replacing
 from resu.core.mask import SparseMask
 from resu.core.mask_files import read_masks, write_masks
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from resu.pruning.mask_plots import plot_mask_diff, plot_sparsity_by_layer, plot_sparsity_histogram
+from resu.pruning.mask_sets import invert_mask, mask_difference, mask_intersection, mask_union
+from resu.pruning.mask_stats import compute_sparsity_stats, diff_masks, packed_masks
 
 __all__ = [
     "apply_masks_to_model",
     "compute_sparsity_stats",
+    "diff_masks",
+    "invert_mask",
     "load_mask",
+    "mask_difference",
+    "mask_intersection",
+    "mask_union",
+    "plot_mask_diff",
+    "plot_sparsity_by_layer",
     "plot_sparsity_histogram",
     "save_mask",
     "validate_mask",
 ]
-
-
-def _packed(masks: Mapping[str, Tensor | SparseMask]) -> dict[str, SparseMask]:
-    if not isinstance(masks, Mapping):
-        raise TypeError(f"masks must be a mapping {{name: mask}}, got {type(masks).__name__}")
-    result = {}
-    for name, mask in masks.items():
-        try:
-            result[name] = mask if isinstance(mask, SparseMask) else SparseMask(mask)
-        except TypeError as error:
-            raise TypeError(f"mask {name!r}: {error}") from None
-    return result
 
 
 def validate_mask(
@@ -89,47 +82,6 @@ def validate_mask(
     return problem is None, stats
 
 
-def compute_sparsity_stats(masks: Mapping[str, Tensor | SparseMask]) -> dict[str, Any]:
-    """Counts and sparsities, over all masks and for each.
-
-    Returns:
-        ``["global"]`` with ``sparsity, mean_layer_sparsity, std_layer_sparsity, n_active, n_pruned, numel, n_layers``;
-        ``["per_layer"][name]`` with ``sparsity, n_active, n_pruned, numel, shape``.
-
-    Example:
-        >>> stats = compute_sparsity_stats({"a": torch.tensor([True, False]), "b": torch.tensor([True, True])})
-        >>> stats["global"]["sparsity"], stats["per_layer"]["a"]["sparsity"]
-        (0.25, 0.5)
-    """
-    packed = _packed(masks)
-    numel = sum(mask.numel for mask in packed.values())
-    pruned = sum(mask.n_pruned for mask in packed.values())
-    each = [mask.sparsity for mask in packed.values()]
-    mean = math.fsum(each) / len(each) if each else 0.0
-    variance = math.fsum((s - mean) ** 2 for s in each) / len(each) if each else 0.0
-    return {
-        "global": {
-            "sparsity": pruned / numel if numel else 0.0,
-            "mean_layer_sparsity": mean,
-            "std_layer_sparsity": math.sqrt(variance),
-            "n_active": numel - pruned,
-            "n_pruned": pruned,
-            "numel": numel,
-            "n_layers": len(each),
-        },
-        "per_layer": {
-            name: {
-                "sparsity": mask.sparsity,
-                "n_active": mask.n_active,
-                "n_pruned": mask.n_pruned,
-                "numel": mask.numel,
-                "shape": tuple(mask.shape),
-            }
-            for name, mask in packed.items()
-        },
-    }
-
-
 def apply_masks_to_model(model: nn.Module, masks: Mapping[str, Tensor | SparseMask]) -> nn.Module:
     """Set pruned positions to exactly +0.0, in place; resurrection layers take the mask and hold it.
 
@@ -152,7 +104,7 @@ def apply_masks_to_model(model: nn.Module, masks: Mapping[str, Tensor | SparseMa
         0.0
     """
     known = dict(model.named_parameters(remove_duplicate=False))
-    packed = _packed(masks)
+    packed = packed_masks(masks)
     for name, mask in packed.items():
         if name not in known:
             raise ValueError(f"the model has no parameter {name!r}; it has: {', '.join(known) or 'none'}")
@@ -199,7 +151,7 @@ def save_mask(
         ...     load_mask(f"{folder}/m.npz")
         ({'w': tensor([ True, False])}, {'by': 'hand'})
     """
-    write_masks(_packed(masks), path, metadata, format, overwrite=overwrite)
+    write_masks(packed_masks(masks), path, metadata, format, overwrite=overwrite)
 
 
 def load_mask(path: str | os.PathLike[str], format: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -219,34 +171,3 @@ def load_mask(path: str | os.PathLike[str], format: str | None = None) -> tuple[
     """
     masks, body = read_masks(path, format)
     return {name: mask.mask for name, mask in masks.items()}, body["metadata"]
-
-
-def plot_sparsity_histogram(
-    masks: Mapping[str, Tensor | SparseMask], save_path: str | os.PathLike[str] | None = None
-) -> Figure:
-    """How many layers have which sparsity, as a matplotlib figure.
-
-    Args:
-        masks: ``{name: mask}``.
-        save_path: Where to write it (format by ending; replaces an older plot); None: nowhere.
-
-    Raises:
-        ImportError: Without matplotlib; it names the extra to install.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib, which is not installed: pip install 'resu-torch[plots]'") from error
-    stats = compute_sparsity_stats(masks)
-    figure = Figure(figsize=(6, 4), layout="constrained")  # not pyplot: no window, no global state
-    axes = figure.subplots()
-    each = [100 * layer["sparsity"] for layer in stats["per_layer"].values()]
-    axes.hist(each, bins=20, range=(0, 100), color="tab:blue", edgecolor="white")
-    overall = 100 * stats["global"]["sparsity"]
-    axes.axvline(overall, color="tab:red", label=f"all weights: {overall:.1f} %")
-    axes.set(xlabel="sparsity of the layer (%)", ylabel="layers", title="Sparsity by layer")
-    axes.legend()
-    if save_path is not None:
-        with replacing(save_path, overwrite=True) as temporary:
-            figure.savefig(temporary, format=os.path.splitext(save_path)[1].removeprefix(".") or "png")
-    return figure
