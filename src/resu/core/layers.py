@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-__all__ = ["Layer", "select"]
+__all__ = ["Layer", "every_weight", "select"]
 
 # Weights that are multiplied with activations. Embeddings and norms are not, and so never selected unless
 # a glob asks for them by name.
@@ -23,6 +23,10 @@ _TYPES = (
     nn.ConvTranspose3d,
     nn.Bilinear,
 )
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Fused experts that multiply with [experts, in, out] and, in some releases of transformers, do not say so
+# by an attribute ``is_transposed``.
+_EXPERTS_IN_OUT = ("AriaGroupedExpertsGemm", "GptOssExperts", "Llama4TextExperts")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Layer:
         module_name: Name of the module that holds it (``""`` for the model itself).
         attribute: Name of the parameter inside that module.
         module: The module.
-        transposed: True where the weight is stored ``[in, out]`` (Hugging Face ``Conv1D``).
+        transposed: True where the weight is stored inputs first: ``[in, out]`` (Hugging Face ``Conv1D``),
+            ``[in, out / groups, kernel…]`` (transposed convolutions), ``[experts, in, out]`` (some fused experts).
+        stacked: True for a stack of matrices, ``[experts, out, in]`` (fused experts).
         ties: Other parameter names under which the same tensor is known.
     """
 
@@ -43,6 +49,7 @@ class Layer:
     attribute: str
     module: nn.Module
     transposed: bool = False
+    stacked: bool = False
     ties: tuple[str, ...] = ()
 
     @property
@@ -51,6 +58,51 @@ class Layer:
         weight = getattr(self.module, self.attribute)
         assert isinstance(weight, Tensor)
         return weight
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """``x`` as scores and patterns see it: outputs first, inputs second.
+
+        Args:
+            x: A tensor of the weight's own shape: the weight, its gradient, a mask.
+
+        Returns:
+            ``[out, in…]``; a stack as ``[experts * out, in]``. A view where strides allow it.
+
+        Raises:
+            ValueError: If ``x`` has another number of dimensions than the weight.
+
+        Example:
+            >>> model = nn.ConvTranspose1d(3, 5, 2)
+            >>> layer = select(model)["weight"]
+            >>> tuple(layer.weight.shape), tuple(layer.matrix(layer.weight).shape)
+            ((3, 5, 2), (5, 3, 2))
+        """
+        if self.stacked:
+            if x.ndim != 3:
+                raise ValueError(f"{self.name!r} is a stack [experts, out, in]; got a tensor of shape {tuple(x.shape)}")
+            return (x.transpose(1, 2) if self.transposed else x).flatten(0, 1)
+        if not self.transposed:
+            return x
+        groups = self._groups
+        if groups == 1:
+            return x.transpose(0, 1)
+        return x.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def unmatrix(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`: ``x`` in the weight's own shape, contiguous."""
+        if self.stacked:
+            parts = x.unflatten(0, (self.weight.shape[0], -1))
+            return (parts.transpose(1, 2) if self.transposed else parts).contiguous()
+        if not self.transposed:
+            return x.contiguous()
+        groups = self._groups
+        if groups == 1:
+            return x.transpose(0, 1).contiguous()
+        return x.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+    @property
+    def _groups(self) -> int:
+        return int(self.module.groups) if isinstance(self.module, _TRANSPOSED_CONVOLUTIONS) else 1
 
 
 def _matches(pattern: str, name: str, module_name: str) -> bool:
@@ -61,16 +113,18 @@ def _is_conv1d_of_transformers(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _candidates(model: nn.Module) -> dict[str, Layer]:
-    """Every parameter with two dimensions or more, once, under the name that multiplies if one does."""
+def every_weight(model: nn.Module) -> dict[str, Layer]:
+    """Every parameter with two dimensions or more, once, under the name that multiplies if one does.
+
+    What :func:`select` chooses from; embeddings and norms are among them.
+    """
     names: dict[int, list[Layer]] = {}
     # With duplicates: a module used twice is a tie too, and a glob may use either name.
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.ndim >= 2:
                 name = f"{module_name}.{attribute}" if module_name else attribute
-                transposed = _is_conv1d_of_transformers(module) and attribute == "weight"
-                layer = Layer(name, module_name, attribute, module, transposed)
+                layer = Layer(name, module_name, attribute, module, *_orientation(module, attribute, parameter))
                 names.setdefault(id(parameter), []).append(layer)
     found: dict[str, Layer] = {}
     for layers in names.values():
@@ -78,6 +132,18 @@ def _candidates(model: nn.Module) -> dict[str, Layer]:
         ties = tuple(one.name for one in layers if one is not owner)
         found[owner.name] = replace(owner, ties=ties)
     return found
+
+
+def _orientation(module: nn.Module, attribute: str, parameter: Tensor) -> tuple[bool, bool]:
+    """Whether the weight is stored inputs first, and whether it is a stack."""
+    if isinstance(module, _TYPES) or _is_conv1d_of_transformers(module):
+        inputs_first = isinstance(module, _TRANSPOSED_CONVOLUTIONS) or _is_conv1d_of_transformers(module)
+        return inputs_first and attribute == "weight", False
+    if parameter.ndim != 3 or min(parameter.shape) <= 1 or "embed" in attribute:
+        return False, False
+    if _is_embedding(module) or "norm" in type(module).__name__.lower():
+        return False, False
+    return bool(getattr(module, "is_transposed", type(module).__name__ in _EXPERTS_IN_OUT)), True
 
 
 def _multiplies(module: nn.Module, attribute: str) -> bool:
@@ -95,6 +161,8 @@ def select(
     model: nn.Module,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    *,
+    stacks: bool = False,
 ) -> dict[str, Layer]:
     """The weights of ``model`` that pruning means, by parameter name, in the model's order.
 
@@ -102,13 +170,15 @@ def select(
     projections and Hugging Face ``Conv1D`` modules, the output layer among them (exclude it by name).
     Embeddings and norms are left out, and so is a linear layer tied to an embedding (pruning it would prune the
     embedding): include it by name to have it. A tie is one layer, known by its first name. Stacks of matrices in other
-    modules (fused experts) are left out with a warning.
+    modules (fused experts) are left out with a warning unless ``stacks`` is True. A stack counts as
+    ``[experts, in, out]`` where its module says ``is_transposed``, else as ``[experts, out, in]``.
 
     Args:
         model: Any module.
         include: Globs (``fnmatch``, case-sensitive) over parameter names ("fc1.weight") or module names ("fc1",
             "blocks.*.mlp"). Anything with two or more dimensions can be named.
         exclude: Globs of what to leave out; applied last.
+        stacks: Whether stacks of matrices are taken too where nothing is named.
 
     Returns:
         ``{parameter name: Layer}``, never empty.
@@ -121,7 +191,7 @@ def select(
         >>> list(select(model)), list(select(model, exclude="2"))
         (['0.weight', '2.weight'], ['0.weight'])
     """
-    everything = _candidates(model)
+    everything = every_weight(model)
     include = [include] if isinstance(include, str) else (None if include is None else list(include))
     exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
 
@@ -139,12 +209,13 @@ def select(
     for name, layer in everything.items():
         if include is None:
             tied_to_embedding = any(_is_embedding(modules[t.rpartition(".")[0]]) for t in layer.ties)
-            wanted = _multiplies(layer.module, layer.attribute) and not tied_to_embedding
+            multiplies = _multiplies(layer.module, layer.attribute) or (stacks and layer.stacked)
+            wanted = multiplies and not tied_to_embedding
         else:
             wanted = any(named(pattern, layer) for pattern in include)
         if wanted and not any(named(pattern, layer) for pattern in exclude):
             chosen[name] = layer
-    if include is None:
+    if include is None and not stacks:
         _warn_of_stacks([layer for name, layer in everything.items() if name not in chosen], exclude, named)
     if not chosen:
         raise ValueError(
@@ -157,12 +228,7 @@ def select(
 def _warn_of_stacks(skipped: Iterable[Layer], exclude: list[str], named: Callable[[str, Layer], bool]) -> None:
     """Say which stacks of matrices (fused experts) the default leaves dense; silence would be a false sparsity."""
     stacks = [
-        layer.name
-        for layer in skipped
-        if layer.weight.ndim == 3
-        and min(layer.weight.shape) > 1
-        and not _is_embedding(layer.module)
-        and not any(named(pattern, layer) for pattern in exclude)
+        layer.name for layer in skipped if layer.stacked and not any(named(pattern, layer) for pattern in exclude)
     ]
     if stacks:
         warnings.warn(

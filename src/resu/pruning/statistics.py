@@ -67,7 +67,7 @@ def collect(
         forward: How to run a batch where the default is not right.
 
     Returns:
-        ``{name: Stats}``. Gradients of weights stored ``[in, out]`` come as ``[out, in]``.
+        ``{name: Stats}``. Gradients come as scores see the weight (:meth:`resu.core.layers.Layer.matrix`).
 
     Raises:
         ValueError: Without batches, on an unknown need, a layer type whose inputs are not known, or NaN
@@ -112,8 +112,8 @@ def collect(
     result = {}
     for name, layer in layers.items():
         grad, square = slopes[name].means(count) if grads else (None, None)
-        if layer.transposed and grad is not None and square is not None:
-            grad, square = grad.t(), square.t()
+        if grad is not None and square is not None:
+            grad, square = layer.matrix(grad), layer.matrix(square)
         norm = inputs[name].norm(layer.weight) if inputs else None
         result[name] = Stats(grad=grad, grad_squared=square, input_norm=norm)
     return result

@@ -242,8 +242,8 @@ class Sparsifier:
     def _view(self, name: str) -> View:
         weight, mask = self.layers[name].weight.detach(), self._constraints[name].mask.mask
         theta = self._theta.get(name)
-        if self.layers[name].transposed:  # rules and patterns see [out, in]
-            weight, mask, theta = weight.t(), mask.t(), None if theta is None else theta.t()
+        matrix = self.layers[name].matrix  # rules and patterns see [out, in]
+        weight, mask, theta = matrix(weight), matrix(mask), None if theta is None else matrix(theta)
         return View(
             name=name,
             weight=weight,
@@ -267,8 +267,7 @@ class Sparsifier:
 
     def _move(self, name: str, old: Tensor, new: Tensor) -> None:
         """Make ``new`` the mask of a layer: dropped weights to 0 (or to θ), grown ones from θ (or 0)."""
-        if self.layers[name].transposed:
-            old, new = old.t(), new.t()
+        old, new = self.layers[name].unmatrix(old), self.layers[name].unmatrix(new)
         weight, constraint = self.layers[name].weight, self._constraints[name]
         theta = self._theta.get(name)
         if theta is None and self.algorithm.learns_pruned and self.algorithm.learning(self.step):

@@ -106,15 +106,14 @@ def compute_layer_importance(
         stats = collect(model, layers, dataloader, importance.needs, loss_fn=loss_fn)
     scores = {}
     for name, layer in layers.items():
-        weight, grad = layer.weight, layer.weight.grad
-        if layer.transposed:  # scores see [out, in]
-            weight, grad = weight.t(), None if grad is None else grad.t()
+        grad = layer.weight.grad
+        weight, grad = layer.matrix(layer.weight), None if grad is None else layer.matrix(grad)
         seen = stats.get(name) or Stats(grad=grad, generator=_generator(seed, name))
         try:
             score = importance(weight, seen)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
-        scores[name] = score.t() if layer.transposed else score
+        scores[name] = layer.unmatrix(score)
     return scores
 
 

@@ -1,0 +1,192 @@
+"""What pruning a whole model means: every weight that multiplies, without embeddings, norms and output head.
+
+Two views of one rule: :func:`pruning_targets` looks at modules, :func:`state_dict_targets` at names and shapes
+alone, for checkpoints of which no model is built. Both say what they leave out, and why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from resu.core.layers import Layer, every_weight, select
+
+__all__ = ["pruning_targets", "state_dict_targets"]
+
+_HEADS = ("lm_head", "embed_out")  # embed_out: the output head of GPT-NeoX
+_VECTORS = "norms and biases"
+
+
+def pruning_targets(
+    model: nn.Module,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The weights that pruning all of ``model`` means, and why the others are left out.
+
+    Without ``include``: what :func:`resu.core.layers.select` takes, and stacks of matrices (fused experts), but not the
+    output head (``model.get_output_embeddings()`` of Hugging Face models, or a module named ``lm_head``) and
+    nothing tied to an embedding. With ``include``: exactly what it names.
+
+    Args:
+        model: Any module.
+        include: Globs over parameter or module names, as in :func:`resu.core.layers.select`.
+        exclude: Globs of what to leave out; applied last.
+
+    Returns:
+        ``{parameter name: Layer}``, never empty, and ``{parameter name: reason}`` of the weights with two dimensions or
+        more that are left out, with one entry more that counts the vectors.
+
+    Raises:
+        ValueError: If a glob matches nothing, or nothing is left.
+
+    Example:
+        >>> model = nn.ModuleDict({"wte": nn.Embedding(9, 4), "fc": nn.Linear(4, 4), "lm_head": nn.Linear(4, 9)})
+        >>> targets, skipped = pruning_targets(model)
+        >>> list(targets)
+        ['fc.weight']
+        >>> skipped
+        {'wte.weight': 'embedding', 'lm_head.weight': 'output head', 'norms and biases': '2 vectors, 13 values'}
+    """
+    include, exclude = _globs(include), _globs(exclude) or []
+    layers = select(model, include, exclude, stacks=True)
+    everything = every_weight(model)
+    heads = set() if include is not None else {n for n, layer in everything.items() if _is_head(model, layer)}
+    chosen = {name: layer for name, layer in layers.items() if name not in heads}
+    if not chosen:
+        raise ValueError(f"only the output head is left to prune ({', '.join(layers)}); name it in include to prune it")
+    skipped = {}
+    for name, layer in everything.items():
+        if name not in chosen:
+            names = (name, *layer.ties)
+            left_out = any(_matches(g, n) for g in exclude for n in names)
+            skipped[name] = "excluded" if left_out else _reason(layer, name in heads, include is not None)
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return chosen, skipped | _vectors([p.shape for p in vectors])
+
+
+def _is_head(model: nn.Module, layer: Layer) -> bool:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if isinstance(head, nn.Module) and any(p is layer.weight for p in head.parameters()):
+        return True
+    names = (layer.name, *layer.ties)
+    return any(part in _HEADS for name in names for part in name.split(".")[:-1])
+
+
+def _reason(layer: Layer, head: bool, named: bool) -> str:
+    if named:
+        return "not named by include"
+    kind = type(layer.module).__name__
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    if head and not layer.ties:
+        return "output head"
+    if layer.ties and not isinstance(layer.module, embeddings):
+        return f"{'output head ' if head else ''}tied to {', '.join(layer.ties)}"
+    if isinstance(layer.module, embeddings) or "embed" in layer.attribute:
+        return "embedding"
+    if "norm" in kind.lower():
+        return "norm"
+    return f"{layer.attribute!r} of {kind} is not known to multiply; name it in include to prune it"
+
+
+def _vectors(shapes: Sequence[torch.Size]) -> dict[str, str]:
+    if not shapes:
+        return {}
+    return {_VECTORS: f"{len(shapes)} vector{'s' if len(shapes) > 1 else ''}, {sum(s.numel() for s in shapes)} values"}
+
+
+# The last component of a module's name (or of the parameter's, where it is one itself): "wte",
+# "embed_tokens", "word_embeddings", "tok_embeddings", "shared" (T5); norms as "ln_1", "input_layernorm", "q_norm".
+_EMBEDDING = re.compile(
+    r"(?:\w+_)?embed(?:ding|dings|s)?\d*(?:_tokens|_positions|_in|_layer)?|\w+embeddings?|wte|wpe|shared|\w+_attention_bias"
+)
+_NORM = re.compile(r"(?:\w+_)?(?:ln|bn|\w*norm)\d*(?:_\w+)?", re.IGNORECASE)
+_BUFFER = re.compile(r"(?:\w+_)?bias|\w*_ids|\w*inv_freq|\w+_cached|running_\w+")
+
+
+def state_dict_targets(
+    shapes: Mapping[str, torch.Size],
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> tuple[list[str], dict[str, str]]:
+    """The same as :func:`pruning_targets` for a checkpoint, by names and shapes alone.
+
+    Names are all there is, so this is a rule of thumb over the naming of common checkpoints: a tensor with two dimensions
+    or more is taken unless its name is that of an embedding, an output head, a norm, a bias or a buffer (causal
+    masks, position indices). What a checkpoint stores in integers (indices, packed weights) is for the caller to
+    leave out. A tied output head that the file does not store needs no exclusion.
+
+    Args:
+        shapes: ``{tensor name: shape}``.
+        include: Globs over tensor names ("fc1.weight") or module names ("fc1"); exactly those are taken.
+        exclude: Globs of what to leave out; applied last.
+
+    Returns:
+        The names taken, in the order of ``shapes``, never empty; and ``{name: reason}`` of the others.
+
+    Raises:
+        ValueError: If a glob matches no tensor with two dimensions or more, or nothing is left.
+
+    Example:
+        >>> shapes = {"wte.weight": torch.Size([9, 4]), "h.0.fc.weight": torch.Size([8, 4]), "ln.weight": torch.Size([4])}
+        >>> state_dict_targets(shapes)
+        (['h.0.fc.weight'], {'wte.weight': 'embedding', 'norms and biases': '1 vector, 4 values'})
+    """
+    include, exclude = _globs(include), _globs(exclude) or []
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) >= 2 and shape.numel() > 0}
+    for glob in [*(include or ()), *exclude]:
+        if not any(_matches(glob, name) for name in matrices):
+            raise ValueError(f"the glob {glob!r} matches no weight of the file; weights are: {_listing(matrices)}")
+    chosen, skipped = [], {}
+    for name, shape in matrices.items():
+        reason = _reason_by_name(name, shape) if include is None else None
+        if include is not None and not any(_matches(g, name) for g in include):
+            reason = "not named by include"
+        if any(_matches(g, name) for g in exclude):
+            reason = "excluded"
+        if reason is None:
+            chosen.append(name)
+        else:
+            skipped[name] = reason
+    if not chosen:
+        raise ValueError(
+            f"no prunable weight is selected; name weights in include. Left out: "
+            f"{'; '.join(f'{n} ({why})' for n, why in list(skipped.items())[:20]) or 'only vectors'}"
+        )
+    return chosen, skipped | _vectors([s for n, s in shapes.items() if n not in matrices])
+
+
+def _reason_by_name(name: str, shape: torch.Size) -> str | None:
+    *modules, attribute = name.split(".")
+    owner = modules[-1] if modules else ""
+    if any(part in _HEADS for part in modules):
+        return "output head"
+    if _BUFFER.fullmatch(attribute):
+        return "bias or buffer"
+    # Patches are embedded by convolutions, and those multiply.
+    if len(shape) == 2 and attribute == "weight" and _EMBEDDING.fullmatch(owner):
+        return "embedding"
+    if attribute != "weight" and _EMBEDDING.fullmatch(attribute):
+        return "embedding"
+    if _NORM.fullmatch(owner) and attribute == "weight":
+        return "norm"
+    if attribute != "weight" and (len(shape) == 3 and shape[0] == 1 or sum(n > 1 for n in shape) <= 1):
+        return "vector, or one table of positions"
+    return None
+
+
+def _globs(globs: str | Iterable[str] | None) -> list[str] | None:
+    return [globs] if isinstance(globs, str) else (None if globs is None else list(globs))
+
+
+def _matches(glob: str, name: str) -> bool:
+    return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
+
+
+def _listing(names: Collection[str], limit: int = 20) -> str:
+    return ", ".join(list(names)[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
