@@ -69,7 +69,7 @@ def test_trap_12_stacks_are_targets():
 def test_trap_13_a_glob_that_matches_nothing_is_an_error(glob, where):
     with pytest.raises(ValueError, match="matches no weight of the model"):
         pruning_targets(Net(), **{where: glob})
-    with pytest.raises(ValueError, match="matches no weight of the file; weights are: wte.weight"):
+    with pytest.raises(ValueError, match=r"matches no weight of the file; weights are: wte.weight"):
         state_dict_targets(shapes_of(Net()), **{where: glob})
 
 

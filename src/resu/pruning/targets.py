@@ -116,9 +116,9 @@ def state_dict_targets(
 ) -> tuple[list[str], dict[str, str]]:
     """The same as :func:`pruning_targets` for a checkpoint, by names and shapes alone.
 
-    Names are all there is, so this is a rule of thumb over the naming of common checkpoints: a tensor with two dimensions
-    or more is taken unless its name is that of an embedding, an output head, a norm, a bias or a buffer (causal
-    masks, position indices). What a checkpoint stores in integers (indices, packed weights) is for the caller to
+    Names are all there is, so this is a rule of thumb over the naming of common checkpoints: a tensor with two
+    dimensions or more is taken unless its name is that of an embedding, an output head, a norm, a bias or a buffer
+    (causal masks, position indices). What a checkpoint stores in integers (indices, packed weights) is for the caller to
     leave out. A tied output head that the file does not store needs no exclusion.
 
     Args:
@@ -133,9 +133,9 @@ def state_dict_targets(
         ValueError: If a glob matches no tensor with two dimensions or more, or nothing is left.
 
     Example:
-        >>> shapes = {"wte.weight": torch.Size([9, 4]), "h.0.fc.weight": torch.Size([8, 4]), "ln.weight": torch.Size([4])}
+        >>> shapes = {"wte.weight": torch.Size([9, 4]), "fc.weight": torch.Size([8, 4]), "ln.weight": torch.Size([4])}
         >>> state_dict_targets(shapes)
-        (['h.0.fc.weight'], {'wte.weight': 'embedding', 'norms and biases': '1 vector, 4 values'})
+        (['fc.weight'], {'wte.weight': 'embedding', 'norms and biases': '1 vector, 4 values'})
     """
     include, exclude = _globs(include), _globs(exclude) or []
     matrices = {name: shape for name, shape in shapes.items() if len(shape) >= 2 and shape.numel() > 0}
@@ -175,7 +175,7 @@ def _reason_by_name(name: str, shape: torch.Size) -> str | None:
         return "embedding"
     if _NORM.fullmatch(owner) and attribute == "weight":
         return "norm"
-    if attribute != "weight" and (len(shape) == 3 and shape[0] == 1 or sum(n > 1 for n in shape) <= 1):
+    if attribute != "weight" and ((len(shape) == 3 and shape[0] == 1) or sum(n > 1 for n in shape) <= 1):
         return "vector, or one table of positions"
     return None
 
