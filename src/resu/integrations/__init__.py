@@ -1,0 +1,1 @@
+"""Other libraries and their files: one optional import per module."""

@@ -1,0 +1,115 @@
+"""Model folders: written whole or not at all, with everything beside the weights carried over."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["RESULT_FILES", "WEIGHT_ENDINGS", "copy_companions", "new_folder"]
+
+# What pruning writes beside the model; a folder that holds the report is one of ours.
+RESULT_FILES = ("masks.safetensors", "pruning.json")
+# Weights in any format: a copy would be the dense model again.
+WEIGHT_ENDINGS = (
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
+    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".mlmodel", ".npz"),
+)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder to write to; it becomes ``path`` at the end, whole, or not at all.
+
+    If the body raises (a full disk, an interrupt), the temporary folder is removed and ``path`` is as before.
+
+    Args:
+        path: Where the folder shall be; the one above it must exist. An empty folder there is no obstacle.
+        overwrite: Whether an earlier result there, a folder with a ``pruning.json``, may be replaced. Any other
+            folder with content never is.
+
+    Raises:
+        FileExistsError: If something is there that may not be replaced.
+        FileNotFoundError: If the folder above does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as above:
+        ...     with new_folder(Path(above) / "model") as temporary:
+        ...         _ = (temporary / "config.json").write_text("{}")
+        ...     sorted(p.name for p in Path(above).rglob("*"))
+        ['config.json', 'model']
+    """
+    target = Path(os.path.realpath(path))
+    _refuse_taken(target, overwrite)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder {target.parent} does not exist; make it first")
+    mark = secrets.token_hex(4)
+    temporary, old = (target.with_name(f".{target.name}.{mark}.{end}") for end in ("part", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        _flush(temporary)
+        _refuse_taken(target, overwrite)  # something may have come since
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_taken(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file; name a folder")
+    if not overwrite:
+        raise FileExistsError(f"{target} is there already; pass overwrite=True to replace an earlier result")
+    if not (target / "pruning.json").is_file():
+        raise FileExistsError(f"{target} holds no pruning.json, so it is no earlier result and is not replaced")
+
+
+def _flush(folder: Path) -> None:
+    """Have the system write all files of a folder to disk before it gets its name."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "r+b") as opened:
+                os.fsync(opened.fileno())
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy what lies beside the weights: configuration, tokenizer, licence, subfolders such as ``1_Pooling``.
+
+    Weight files of any format, results of pruning and hidden entries are not copied, nor is a file that
+    ``target`` has already. Links are followed, as the download cache of Hugging Face consists of them.
+
+    Returns:
+        Weight files that were left out although they are not the safetensors of the model itself, such as
+        ``onnx/model.onnx``: they hold the dense model. Relative to ``source``, sorted.
+    """
+    left_out: list[str] = []
+    for folder, names, files in os.walk(source, followlinks=True):
+        here = Path(folder)
+        names[:] = sorted(name for name in names if not name.startswith(".") and not _same(here / name, target))
+        for name in sorted(files):
+            relative = (here / name).relative_to(source)
+            if name.lower().endswith(WEIGHT_ENDINGS):
+                own = here == source and ".safetensors" in name
+                if not own:
+                    left_out.append(str(relative))
+            elif not name.startswith(".") and str(relative) not in RESULT_FILES:
+                copy = target / relative
+                if not copy.exists():
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(here / name, copy)
+    return sorted(left_out)
+
+
+def _same(a: Path, b: Path) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)

@@ -1,0 +1,76 @@
+"""Model folders: whole or not there; what lies beside the weights comes along, dense weights do not."""
+
+import pytest
+
+from resu.integrations.folders import copy_companions, new_folder
+
+
+def names(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    def fail():
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert names(tmp_path) == []
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "pruning.json").write_text("{}")
+    assert names(tmp_path) == ["out", "out/pruning.json"]
+
+
+def test_only_an_earlier_result_is_replaced_and_only_if_asked(tmp_path):
+    for name in ("result", "thesis"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    (tmp_path / "result" / "pruning.json").touch()
+    with pytest.raises(FileExistsError, match="overwrite=True"), new_folder(tmp_path / "result"):
+        pass
+    with pytest.raises(FileExistsError, match="no earlier result"), new_folder(tmp_path / "thesis", overwrite=True):
+        pass
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "result", overwrite=True):
+        raise RuntimeError
+    assert names(tmp_path / "result") == ["old", "pruning.json"]
+    with new_folder(tmp_path / "result", overwrite=True) as folder:
+        (folder / "new").touch()
+    assert names(tmp_path) == ["result", "result/new", "thesis", "thesis/old"]
+
+
+def test_an_empty_folder_is_no_obstacle_and_a_file_or_a_missing_parent_is(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "x").touch()
+    assert names(tmp_path / "empty") == ["x"]
+    with pytest.raises(FileExistsError, match="is a file"), new_folder(tmp_path / "file", overwrite=True):
+        pass
+    with pytest.raises(FileNotFoundError, match="make it first"), new_folder(tmp_path / "a" / "b"):
+        pass
+    assert names(tmp_path) == ["empty", "empty/x", "file"]
+
+
+def test_companions_come_along_and_dense_weights_do_not(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in (
+        *("config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json", "LICENSE", "weird name"),
+        *("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        *("pytorch_model.bin", "onnx/model.onnx", "other/model.safetensors", "flax_model.msgpack"),
+        *(".git/config", ".gitattributes", "masks.safetensors", "pruning.json"),
+    ):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    (source / "linked.json").symlink_to(source / "config.json")
+    target.mkdir()
+    (target / "config.json").write_text("mine")
+    left_out = copy_companions(source, target)
+    assert left_out == ["flax_model.msgpack", "onnx/model.onnx", "other/model.safetensors", "pytorch_model.bin"]
+    assert [n for n in names(target) if (target / n).is_file()] == [
+        *("1_Pooling/config.json", "LICENSE", "config.json", "linked.json", "modules.json", "tokenizer.json"),
+        "weird name",
+    ]
+    assert (target / "config.json").read_text() == "mine"
+    assert not (target / "linked.json").is_symlink()
