@@ -86,13 +86,13 @@ def save_checkpoint(
     """
     if layout not in ("dense", "bitmask"):
         raise ValueError(f"layout must be 'dense' or 'bitmask', got {layout!r}")
-    tensors, ties = _plain(model.state_dict() if isinstance(model, nn.Module) else model)
+    tensors, ties = plain_tensors(model.state_dict() if isinstance(model, nn.Module) else model)
     packed = {n: m if isinstance(m, SparseMask) else SparseMask(m) for n, m in (masks or {}).items()}
     for name, mask in packed.items():
         owner = ties.get(name, name)
         if any(f"{owner.rpartition('.')[0]}.{_SETTINGS}".lstrip(".") == key for key in tensors):
             continue  # the layer keeps its own mask and, at pruned positions, θ
-        _check_masked(name, tensors.get(owner), mask)
+        check_masked(name, tensors.get(owner), mask)
         if layout == "bitmask" and owner in tensors and owner.split(".")[-1] == "weight":
             prefix = owner.removesuffix("weight")
             parts = pack_bitmask(tensors.pop(owner), mask)
@@ -101,7 +101,7 @@ def save_checkpoint(
     states: dict[str, Tensor] = {}
     tree = {name: flatten(value, states, EXTRA_PREFIX + name) for name, value in (extra or {}).items()}
     tensors |= states
-    tensors = _separate(tensors)
+    tensors = separate(tensors)
     header = seal_header(
         CHECKPOINT_HEADER,
         {
@@ -118,7 +118,7 @@ def save_checkpoint(
         write_safetensors(tensors, temporary, {"format": "pt", **header})
 
 
-def _plain(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def plain_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name, each once, and ``{other name: name}`` of those that are the same."""
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
@@ -141,17 +141,20 @@ def _plain(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, ties
 
 
-def _check_masked(name: str, weight: Tensor | None, mask: SparseMask) -> None:
+def check_masked(name: str, weight: Tensor | None, mask: SparseMask) -> None:
     if weight is None:
         raise ValueError(f"mask {name!r} belongs to no tensor of the state")
     if weight.shape != mask.shape:
         raise ValueError(f"mask {name!r} has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
-    odd = int(torch.count_nonzero(mask.to(weight.device).get_pruned(weight)))
+    pruned = mask.to(weight.device).get_pruned(weight)
+    if pruned.is_floating_point() and pruned.element_size() == 1:
+        pruned = pruned.float()  # torch counts no 8-bit floats
+    odd = int(torch.count_nonzero(pruned))
     if odd:
         raise ValueError(f"{name!r} is not zero at {odd} positions its mask prunes; apply the mask before saving")
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, each with a storage of its own: safetensors refuses views that share one."""
     result: dict[str, Tensor] = {}
     taken: set[int] = set()
