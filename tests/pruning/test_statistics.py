@@ -159,8 +159,8 @@ def test_inputs_that_are_not_known_or_not_finite_are_errors():
         norms(nn.Sequential(nn.Linear(2, 2)), [torch.tensor([[1.0, float("nan")]])])
     with pytest.raises(ValueError, match="there is no batch"):
         norms(nn.Sequential(nn.Linear(2, 2)), [])
-    with pytest.raises(ValueError, match="cannot collect hessian"):
-        norms(nn.Sequential(nn.Linear(2, 2)), [torch.ones(1, 2)], needs={"hessian"})
+    with pytest.raises(ValueError, match="cannot collect activations; known: grads, hessian, inputs"):
+        norms(nn.Sequential(nn.Linear(2, 2)), [torch.ones(1, 2)], needs={"activations"})
 
 
 def loss_of(model, batch):
