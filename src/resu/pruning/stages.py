@@ -219,12 +219,6 @@ class _Run:
             self._go_back(before)
             self.held.release()
             raise
-        if strayed:
-            warnings.warn(
-                f"{strayed} pruned weights were not 0 after stage {number} and are set back: finetune_fn changed weights "
-                "by other means than a torch.optim.Optimizer",
-                stacklevel=3,
-            )
         drop = self._drop(score)
         accepted = self.max_drop is None or drop <= self.max_drop  # NaN is a drop
         entry = record(masks, earlier, sparsity)
@@ -247,6 +241,12 @@ class _Run:
             if self.folder is not None:
                 self.folder.reject(asdict(done))
         self.progress(number, len(self.plan), f"stage {number}: {'kept' if accepted else 'taken back'}")
+        if strayed:  # last, so that a warning turned into an error leaves everything in order
+            warnings.warn(
+                f"{strayed} pruned weights were not 0 after stage {number} and were set back: finetune_fn changed them "
+                "by other means than a torch.optim.Optimizer",
+                stacklevel=3,
+            )
 
     def _drop(self, score: float | None) -> float:
         if score is None or self.baseline is None:
