@@ -1,0 +1,272 @@
+"""Hugging Face model directories: load one, and write a pruned model as one that ``from_pretrained`` loads.
+
+Only local directories and only safetensors: nothing is fetched, no pickle is opened, no code of a model is run. Texts
+to calibrate on are in :mod:`resu.integrations.hf_text`, perplexity in :mod:`resu.integrations.hf_evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resu.core.io import FileFormatError
+from resu.core.mask import SparseMask
+from resu.core.mask_files import write_masks, write_safetensors
+from resu.core.shards import Shards
+from resu.integrations.folders import copy_companions, new_folder
+
+__all__ = ["check_directory", "load_model", "load_tokenizer", "save_pruned"]
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"),
+    "sentencepiece.bpe.model",
+)
+
+
+def check_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The ``config.json`` of a model directory that :func:`load_model` can load, read and checked.
+
+    Raises:
+        FileNotFoundError: If there is no such directory, no ``config.json`` or no weights.
+        ValueError: If the weights are pickles or quantized, or the configuration is no JSON object.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no directory; give the one that holds config.json and model.safetensors")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is no Hugging Face model directory")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FileFormatError(f"{file} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise FileFormatError(f"{file} holds a {type(config).__name__}, not an object")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise ValueError(f"{folder} is quantized ({method}); prune the model it was made from")
+    return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and load reports of transformers: what matters of them is checked here and raised."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _model_class(config: Mapping[str, Any], folder: Path) -> Any:
+    import transformers
+
+    architectures = config.get("architectures") or []
+    if not architectures:
+        return transformers.AutoModel
+    found = getattr(transformers, str(architectures[0]), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"{folder} needs {architectures[0]!r}, which transformers {transformers.__version__} does not have "
+            "(code that comes with a model is not run); methods without data, such as magnitude, do not load it"
+        )
+    return found
+
+
+def _widest(shards: Shards) -> torch.dtype:
+    """The float dtype that holds all weights of a checkpoint without rounding."""
+    found = Counter(shards.dtype(name) for name in shards.names)
+    floats = {dtype for dtype in found if dtype.is_floating_point}
+    if odd := floats - set(_FLOATS):
+        raise ValueError(
+            f"{shards.folder} holds weights in {', '.join(map(str, odd))}, which are not pruned; known: float"
+        )
+    if len(floats) == 1:
+        return floats.pop()
+    return torch.float64 if torch.float64 in floats else torch.float32
+
+
+def load_model(
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[nn.Module, Any]:
+    """The model and the tokenizer of a local Hugging Face directory.
+
+    The class is the one that ``config.json`` names under ``architectures`` (``AutoModel`` where it names none), so
+    that what is saved again is the same kind of model.
+
+    Args:
+        directory: Holds ``config.json`` and safetensors, in one file or in shards.
+        dtype: Of the weights; None: as they are stored (the widest, where a checkpoint mixes several).
+        device: Where to put it; None: the CPU.
+
+    Returns:
+        ``(model, tokenizer)``: the model in evaluation mode; the tokenizer is None if the directory has none.
+
+    Raises:
+        FileNotFoundError: If the directory, its configuration or a shard is missing.
+        FileFormatError: If a file is damaged, or a weight of the model is not in the files.
+        ValueError: If the weights are pickles or quantized, or the architecture is not known.
+    """
+    folder = Path(directory)
+    config = check_directory(folder)
+    shards = Shards.open(folder)
+    wanted = dtype if dtype is not None else _widest(shards)
+    with _quiet():
+        # Weights of another shape are reported in `info`, and refused below with their names.
+        model, info = _model_class(config, folder).from_pretrained(
+            folder,
+            dtype=wanted,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    other = sorted(f"{key} ({tuple(there)}, needed {tuple(here)})" for key, there, here in info["mismatched_keys"])
+    if missing or other:
+        raise FileFormatError(
+            f"{folder} lacks weights of {type(model).__name__}, or has them in another shape: "
+            f"{', '.join((other + missing)[:5])}; they would be random. Check config.json"
+        )
+    model.eval()
+    if device is not None:
+        model.to(device)
+    return model, load_tokenizer(folder)
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a local Hugging Face directory, or None if it has none.
+
+    Raises:
+        ValueError: If there is one that cannot be read; the error says why.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(directory)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a tokenizer's parser raises: to the user it is one thing
+        raise ValueError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())}") from error
+
+
+def save_pruned(
+    model: Any,
+    tokenizer: Any,
+    result: Any,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a pruned model as a Hugging Face directory, whole or not at all.
+
+    ``from_pretrained`` loads it: weights with exact zeros, with the names, dtypes and ties of the source;
+    ``config.json``, tokenizer and every other file that lies beside the weights (``1_Pooling`` and ``modules.json``
+    of sentence encoders, licence). Added are ``masks.safetensors`` and ``pruning.json``, the report.
+
+    Args:
+        model: A ``PreTrainedModel`` from :func:`load_model`, pruned in place.
+        tokenizer: Written where the source directory has none of its own; may be None.
+        result: A :class:`resu.pruning.one_shot.PruneResult`.
+        source: The directory the model comes from.
+        out: The folder to write; the one above it must exist.
+        dtype: That :func:`load_model` was given, so that the configuration says the new one.
+        max_shard_size: Largest file, e.g. ``"5GB"``.
+        overwrite: Whether an earlier result in ``out`` may be replaced (:func:`resu.integrations.folders.new_folder`).
+
+    Returns:
+        The report as written: that of ``result`` with ``source``, ``bytes`` and ``not_carried``, which lists the
+        tensors and weight files of the source that the output lacks (dense weights in other formats, for one).
+
+    Raises:
+        FileExistsError: If ``out`` holds something that may not be replaced.
+        FileNotFoundError: If the folder above ``out`` does not exist.
+    """
+    folder = Path(source)
+    with new_folder(out, overwrite=overwrite) as temporary:
+        _write_model(model, temporary, max_shard_size)
+        before, after = Shards.open(folder), Shards.open(temporary)
+        if dtype is None:
+            _restore_dtypes(before, after)
+            (temporary / "config.json").write_bytes((folder / "config.json").read_bytes())  # as its author wrote it
+        left_out = copy_companions(folder, temporary)
+        if tokenizer is not None and not any((temporary / name).is_file() for name in _TOKENIZER_FILES):
+            tokenizer.save_pretrained(temporary)
+        report = {
+            **result.report,
+            "source": str(folder),
+            "bytes": sum(after.nbytes(name) for name in after.names),
+            "not_carried": _not_carried(model, before, after) + left_out,
+        }
+        masks = {
+            name: mask if isinstance(mask, SparseMask) else SparseMask(mask) for name, mask in result.masks.items()
+        }
+        summary = {key: report.get(key) for key in ("method", "pattern", "distribution", "sparsity", "actual")}
+        write_masks(masks, temporary / "masks.safetensors", summary)
+        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+        (temporary / "pruning.json").write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+def _write_model(model: Any, folder: Path, max_shard_size: str) -> None:
+    """Weights and ``config.json``. The generation settings of the source are copied as a file instead: transformers
+    refuses to write those it finds inconsistent, as those of many published models are.
+    """
+    from transformers import GenerationConfig
+
+    settings = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            model.generation_config = GenerationConfig()
+        with _quiet():
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+    finally:
+        if settings is not None:
+            model.generation_config = settings
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _not_carried(model: Any, before: Shards, after: Shards) -> list[str]:
+    """Tensors of the source that are not in the output, other names of tied weights aside."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {name for group in names.values() if len(group) > 1 for name in group}
+    prefix = f"{model.base_model_prefix}."  # with or without it, it is the same tensor to from_pretrained
+    known = {name.removeprefix(prefix) for name in (*after.names, *tied)}
+    return sorted(name for name in before.names if name.removeprefix(prefix) not in known)
+
+
+def _restore_dtypes(before: Shards, after: Shards) -> None:
+    """Give every tensor the dtype it has in the source, where a checkpoint mixes several."""
+    wrong = {n for n in after.names if n in before.entries and after.dtype(n) != before.dtype(n)}
+    for file in sorted({after.file_of(name) for name in wrong}):
+        tensors: dict[str, Tensor] = {}
+        for name in after.names:
+            if after.file_of(name) == file:
+                tensors[name] = after.read(name)
+                if name in wrong:
+                    tensors[name] = tensors[name].to(before.dtype(name))
+        write_safetensors(tensors, after.folder / file, after.metadata[file])
