@@ -172,7 +172,7 @@ def test_a_function_of_ones_own_is_checked():
 
 
 def test_bad_input_is_said():
-    with pytest.raises(ValueError, match="unknown distribution 'edk'; known: er, erk, global, uniform"):
+    with pytest.raises(ValueError, match="unknown distribution 'edk'; known: er, erk, global, lamp, owl, uniform"):
         allocate("edk", SHAPES, 0.5)
     with pytest.raises(TypeError, match="distribution must be"):
         allocate(0.5, SHAPES, 0.5)

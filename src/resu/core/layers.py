@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Layer", "every_weight", "select"]
@@ -80,25 +81,25 @@ class Layer:
         if self.stacked:
             if x.ndim != 3:
                 raise ValueError(f"{self.name!r} is a stack [experts, out, in]; got a tensor of shape {tuple(x.shape)}")
-            return (x.transpose(1, 2) if self.transposed else x).flatten(0, 1)
+            return torch.flatten(x.transpose(1, 2) if self.transposed else x, 0, 1)
         if not self.transposed:
             return x
         groups = self._groups
         if groups == 1:
             return x.transpose(0, 1)
-        return x.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return torch.flatten(torch.unflatten(x, 0, (groups, -1)).transpose(1, 2), 0, 1)
 
     def unmatrix(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`matrix`: ``x`` in the weight's own shape, contiguous."""
         if self.stacked:
-            parts = x.unflatten(0, (self.weight.shape[0], -1))
+            parts = torch.unflatten(x, 0, (self.weight.shape[0], -1))
             return (parts.transpose(1, 2) if self.transposed else parts).contiguous()
         if not self.transposed:
             return x.contiguous()
         groups = self._groups
         if groups == 1:
             return x.transpose(0, 1).contiguous()
-        return x.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+        return torch.flatten(torch.unflatten(x, 0, (groups, -1)).transpose(1, 2), 0, 1).contiguous()
 
     @property
     def _groups(self) -> int:

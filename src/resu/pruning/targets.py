@@ -118,8 +118,8 @@ def state_dict_targets(
 
     Names are all there is, so this is a rule of thumb over the naming of common checkpoints: a tensor with two
     dimensions or more is taken unless its name is that of an embedding, an output head, a norm, a bias or a buffer
-    (causal masks, position indices). What a checkpoint stores in integers (indices, packed weights) is for the caller to
-    leave out. A tied output head that the file does not store needs no exclusion.
+    (causal masks, position indices). What a checkpoint stores in integers (indices, packed weights) is for the caller
+    to leave out. A tied output head that the file does not store needs no exclusion.
 
     Args:
         shapes: ``{tensor name: shape}``.

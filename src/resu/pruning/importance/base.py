@@ -11,7 +11,7 @@ from torch import Tensor
 from resu.core.registry import Registry
 from resu.pruning.statistics import NEEDS, Stats
 
-__all__ = ["Importance", "importances", "register_importance", "wide"]
+__all__ = ["Importance", "importances", "input_norms", "mean_gradient", "register_importance", "wide"]
 
 Score = Callable[[Tensor, Stats], Tensor]
 
@@ -99,3 +99,27 @@ def register_importance(
 def wide(x: Tensor) -> Tensor:
     """At least float32: products of half-precision numbers underflow."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def mean_gradient(stats: Stats, name: str) -> Tensor:
+    """The mean gradient, or an error that names the score that needs it."""
+    if stats.grad is None:
+        raise ValueError(f"importance {name!r} needs the mean gradient")
+    return stats.grad
+
+
+def input_norms(weight: Tensor, stats: Stats) -> Tensor:
+    """The norms of a layer's inputs in a shape that multiplies ``weight`` ``[out, in…]``, on its device.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    norm = stats.input_norm
+    assert norm is not None
+    if norm.ndim == 1 and weight.ndim > 2:  # per input channel of a convolution
+        norm = norm.view(-1, *[1] * (weight.ndim - 2))
+    if norm.ndim > weight.ndim or any(
+        n not in (1, w) for n, w in zip(reversed(norm.shape), reversed(weight.shape), strict=False)
+    ):
+        raise ValueError(f"input norms of shape {tuple(norm.shape)} do not fit a weight of shape {tuple(weight.shape)}")
+    return norm.to(weight.device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resu.core.layers import select
+from resu.core.layers import Layer, select
+from resu.core.randomness import derived_generator
 from resu.pruning.importance.base import Importance, importances
 from resu.pruning.statistics import Stats, collect
 
@@ -18,6 +19,8 @@ __all__ = [
     "gradient_importance",
     "magnitude_importance",
     "random_importance",
+    "score_layer",
+    "scores_of",
     "taylor_importance",
 ]
 
@@ -99,25 +102,82 @@ def compute_layer_importance(
     """
     importance: Importance = importances[method]
     layers = select(model, include, exclude)
+    scores = scores_of(model, layers, importance, dataloader, loss_fn=loss_fn, seed=seed)
+    return {name: layers[name].unmatrix(score) for name, score in scores}
+
+
+def scores_of(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    importance: Importance,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    seed: int = 0,
+) -> Iterator[tuple[str, Tensor]]:
+    """Scores layer by layer as patterns see them, :meth:`resu.core.layers.Layer.matrix` of the weight's shape.
+
+    Statistics are collected at once, before the first pair; scores are made when they are asked for.
+    """
     stats: dict[str, Stats] = {}
     if importance.needs and dataloader is not None:
         if "grads" in importance.needs and loss_fn is None:
-            raise ValueError(f"importance {method!r} needs gradients: pass loss_fn(model, batch) -> loss")
+            raise ValueError(f"importance {importance.name!r} needs gradients: pass loss_fn(model, batch) -> loss")
         stats = collect(model, layers, dataloader, importance.needs, loss_fn=loss_fn)
-    scores = {}
-    for name, layer in layers.items():
-        grad = layer.weight.grad
-        weight, grad = layer.matrix(layer.weight), None if grad is None else layer.matrix(grad)
-        seen = stats.get(name) or Stats(grad=grad, generator=_generator(seed, name))
-        try:
-            score = importance(weight, seen)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from None
-        scores[name] = layer.unmatrix(score)
-    return scores
+
+    def each() -> Iterator[tuple[str, Tensor]]:
+        for name, layer in layers.items():
+            seen = stats.get(name)
+            if seen is None:
+                grad = layer.weight.grad if "grads" in importance.needs else None
+                seen = Stats(grad=None if grad is None else layer.matrix(grad))
+            seen = dataclasses.replace(seen, generator=derived_generator(seed, name))
+            yield name, score_layer(importance, layer, seen)
+
+    return each()
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    # Not Python's hash(): it differs from process to process.
-    digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def score_layer(importance: Importance, layer: Layer, stats: Stats | None = None) -> Tensor:
+    """Scores of one layer in the shape patterns see, ``[out, in…]``; of a stack, ``[experts * out, in]``.
+
+    A stack is scored expert by expert, as the layers they are: a score sees ``[out, in]`` and the expert's own
+    part of the statistics.
+
+    Args:
+        importance: The score.
+        layer: The layer.
+        stats: As :func:`resu.pruning.statistics.collect` gives them: in matrix shape, a Hessian per expert.
+
+    Raises:
+        ValueError: As the score raises it, with the layer's name.
+    """
+    weight, stats = layer.matrix(layer.weight), stats or Stats()
+    try:
+        if not layer.stacked:
+            return importance(weight, stats)
+        experts = layer.weight.shape[0]
+        parts = zip(weight.chunk(experts), _per_expert(stats, experts, len(weight)), strict=True)
+        return torch.cat([importance(part, seen) for part, seen in parts])
+    except ValueError as error:
+        raise ValueError(f"{layer.name!r}: {error}") from None
+
+
+def _per_expert(stats: Stats, experts: int, rows: int) -> list[Stats]:
+    """Each expert's part: its rows of what has a row per output, its Hessian, and all of what has no rows."""
+    hessian = stats.hessian
+
+    def rows_of(value: Tensor | None, i: int) -> Tensor | None:
+        own = value is not None and value.ndim >= 2 and value.shape[0] == rows
+        return value.chunk(experts)[i] if own and value is not None else value
+
+    return [
+        dataclasses.replace(
+            stats,
+            grad=rows_of(stats.grad, i),
+            grad_squared=rows_of(stats.grad_squared, i),
+            input_norm=rows_of(stats.input_norm, i),
+            input_mean=rows_of(stats.input_mean, i),
+            hessian=hessian[i] if hessian is not None and hessian.ndim == 3 else hessian,
+        )
+        for i in range(experts)
+    ]

@@ -2,19 +2,19 @@
 
 from torch import Tensor
 
-from resu.pruning.importance.base import register_importance, wide
+from resu.pruning.importance.base import input_norms, register_importance, wide
 from resu.pruning.statistics import Stats
 
 
 @register_importance("wanda", needs={"inputs"}, scope="row")
 def wanda(weight: Tensor, stats: Stats) -> Tensor:
-    """``|W_ij|·‖x_j‖₂``, compared within each output row (Sun et al., arXiv 2306.11695, eq. 1)."""
-    norm = stats.input_norm
-    assert norm is not None
-    if norm.ndim == 1 and weight.ndim > 2:  # per input channel of a convolution
-        norm = norm.view(-1, *[1] * (weight.ndim - 2))
-    if norm.ndim > weight.ndim or any(
-        n not in (1, w) for n, w in zip(reversed(norm.shape), reversed(weight.shape), strict=False)
-    ):
-        raise ValueError(f"input norms of shape {tuple(norm.shape)} do not fit a weight of shape {tuple(weight.shape)}")
-    return wide(weight).abs() * norm.to(weight.device)
+    """``|W_ij|·‖x_j‖₂``, compared within each output row: weights of large inputs stay though they are small.
+
+    Paper: Sun et al., arXiv 2306.11695, eq. 1; N:M in groups of M consecutive inputs, §3. Cost: a forward pass over
+    some calibration data (128 sequences in the paper), one norm per input, no weight update. Fails: above about 60 % on
+    language models, where ``sparsegpt`` or ``distribution="owl"`` hold longer, and with data unlike the model's use.
+    Differs from the authors' code: ties keep exactly the count, padding tokens do not count, and norms
+    are over all tokens, not divided by the number of sequences (which changes no ranking within a layer). Compared
+    over the whole layer instead of by row it is another method, with about a third of its positions different.
+    """
+    return wide(weight).abs() * input_norms(weight, stats)
