@@ -123,7 +123,8 @@ def sensitivity_scan(
 
 def _loss(evaluate: Callable[[nn.Module], float | Tensor], model: nn.Module) -> float:
     with torch.no_grad():
-        return float(evaluate(model))
+        loss = evaluate(model)
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
 def _scan_layer(

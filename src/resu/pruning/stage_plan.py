@@ -50,7 +50,7 @@ def plan_stages(target: float, stages: int | Sequence[float]) -> StagePlan:
     Args:
         target: Sparsity after the last stage, in (0, 1).
         stages: How many (equal fractions are solved for), or the fractions themselves (they are checked, exactly in
-            decimals; within 0.05 % of the target counts as met, and the last stage makes up the difference).
+            decimals; within 0.05 % of the target counts as met, and the difference is spread over the stages).
 
     Returns:
         The plan; ``.sparsities[-1] == target`` and the fractions multiply to it.
@@ -85,7 +85,10 @@ def plan_stages(target: float, stages: int | Sequence[float]) -> StagePlan:
             f"{_percent(Fraction(str(target)))}; plan_stages({target:g}, {len(stages)}) solves for fractions that do "
             f"({equal:.4f} each), or give the target {float(round(reached[-1], 4)):g}"
         )
-    return _plan(target, [*(round(float(s), 12) for s in reached[:-1]), target])
+    # Where the list meets the target to 0.05 % and no better, every stage gives its share of the difference.
+    stretch = math.log1p(-target) / math.log(1 - reached[-1]) if reached[-1] != Fraction(str(target)) else 1.0
+    each = [float(s) if stretch == 1.0 else -math.expm1(stretch * math.log(1 - s)) for s in reached[:-1]]
+    return _plan(target, [*(round(s, 12) for s in each), target])
 
 
 def reached_by(fractions: Sequence[float]) -> list[Fraction]:

@@ -193,7 +193,8 @@ class _Run:
         if self.evaluate is None:
             return None
         try:
-            return float(self.evaluate(self.model))
+            score: Any = self.evaluate(self.model)
+            return float(score.detach() if isinstance(score, Tensor) else score)
         finally:
             self._put_flags_back()
 
