@@ -31,7 +31,7 @@ def halves(model, *names):
         with torch.no_grad():
             weight.copy_(weight.where(mask, 0))
         masks[name] = mask
-    return SimpleNamespace(masks=masks, report={"method": "halves", "sparsity": 0.5, "layers": []})
+    return SimpleNamespace(masks=masks, report={"method": "halves", "sparsity": 0.5, "layers": [], "warnings": []})
 
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -61,7 +61,7 @@ def test_a_pruned_model_loads_with_its_zeros_and_ties_and_nothing_else_changed(s
     assert torch.equal(masks[QUERY].mask, result.masks[QUERY])
     assert header["metadata"]["method"] == "halves"
     assert json.loads((tmp_path / "out" / "pruning.json").read_text()) == report
-    assert report["not_carried"] == []
+    assert report["warnings"] == []
     assert report["bytes"] == 4 * 260_032
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
         assert (tmp_path / "out" / name).read_bytes() == (stories / name).read_bytes()
@@ -123,7 +123,7 @@ def test_what_lies_beside_comes_along_and_what_is_lost_is_named(copy, tmp_path):
     (copy / "model.onnx").write_bytes(b"dense")
     model, tokenizer = load_model(copy)
     report = save_pruned(model, tokenizer, halves(model, QUERY), copy, tmp_path / "out")
-    assert report["not_carried"] == ["extra.weight", "model.onnx"]
+    assert [text.split()[:2] for text in report["warnings"]] == [["tensor", "extra.weight"], ["model.onnx", "was"]]
     assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
     assert not (tmp_path / "out" / "model.onnx").exists()
 
@@ -135,7 +135,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half_written(stories
     with pytest.raises(FileExistsError, match="overwrite=True"):
         save_pruned(model, tokenizer, result, stories, tmp_path / "out")
     save_pruned(model, tokenizer, result, stories, tmp_path / "out", overwrite=True)
-    broken = SimpleNamespace(masks=result.masks, report={"seconds": math.nan})
+    broken = SimpleNamespace(masks=result.masks, report={"seconds": math.nan, "warnings": []})
     with pytest.raises(ValueError, match="JSON"):
         save_pruned(model, tokenizer, broken, stories, tmp_path / "second")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["RESULT_FILES", "WEIGHT_ENDINGS", "copy_companions", "new_folder"]
+__all__ = ["RESULT_FILES", "WEIGHT_ENDINGS", "check_free", "copy_companions", "new_folder", "put_in_place"]
 
 # What pruning writes beside the model; a folder that holds the report is one of ours.
 RESULT_FILES = ("masks.safetensors", "pruning.json")
@@ -44,27 +44,45 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
         ['config.json', 'model']
     """
     target = Path(os.path.realpath(path))
-    _refuse_taken(target, overwrite)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the folder {target.parent} does not exist; make it first")
-    mark = secrets.token_hex(4)
-    temporary, old = (target.with_name(f".{target.name}.{mark}.{end}") for end in ("part", "old"))
+    check_free(target, overwrite=overwrite)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     temporary.mkdir()
     try:
         yield temporary
-        _flush(temporary)
-        _refuse_taken(target, overwrite)  # something may have come since
+        put_in_place(temporary, target, overwrite=overwrite)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(folder: Path, target: Path, *, overwrite: bool = False) -> None:
+    """Give a folder that was written beside ``target`` its name, once it is on disk; an earlier result goes.
+
+    Raises:
+        FileExistsError: If something is there that may not be replaced.
+    """
+    _flush(folder)
+    check_free(target, overwrite=overwrite)  # something may have come since
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    try:
         if target.exists():
             os.replace(target, old)
-        os.replace(temporary, target)
+        os.replace(folder, target)
     finally:
         if old.exists() and not target.exists():
             os.replace(old, target)
-        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _refuse_taken(target: Path, overwrite: bool) -> None:
+def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """What :func:`new_folder` asks of a path, to ask it before long work and not after it.
+
+    Raises:
+        FileExistsError: If something is there that may not be replaced.
+        FileNotFoundError: If the folder above does not exist.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder {target.parent} does not exist; make it first")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from resu.core.io import FileFormatError
 from resu.core.mask import SparseMask
 from resu.core.mask_files import write_masks, write_safetensors
-from resu.core.shards import Shards
+from resu.core.shards import INDEX, Shards
+from resu.formats.compressed import write_compressed
 from resu.integrations.folders import copy_companions, new_folder
 
-__all__ = ["check_directory", "load_model", "load_tokenizer", "save_pruned"]
+__all__ = ["LAYOUTS", "check_directory", "load_model", "load_tokenizer", "save_pruned"]
 
+LAYOUTS = ("dense", "bitmask")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"),
@@ -177,6 +179,7 @@ def save_pruned(
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    layout: str = "dense",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -193,18 +196,22 @@ def save_pruned(
         source: The directory the model comes from.
         out: The folder to write; the one above it must exist.
         dtype: That :func:`load_model` was given, so that the configuration says the new one.
+        layout: ``"dense"``, or ``"bitmask"``: kept values and one bit per weight in place of each pruned weight
+            (``sparse-bitmask`` of compressed-tensors, one file), which ``resu convert`` turns into the dense layout.
         max_shard_size: Largest file, e.g. ``"5GB"``.
         overwrite: Whether an earlier result in ``out`` may be replaced (:func:`resu.integrations.folders.new_folder`).
 
     Returns:
-        The report as written: that of ``result`` with ``source``, ``bytes`` and ``not_carried``, which lists the
-        tensors and weight files of the source that the output lacks (dense weights in other formats, for one).
+        The report as written: that of ``result`` with ``source``, ``layout`` and ``bytes``; its ``warnings`` also name
+        the tensors and weight files of the source that the output lacks (dense weights in other formats, for one).
 
     Raises:
         FileExistsError: If ``out`` holds something that may not be replaced.
         FileNotFoundError: If the folder above ``out`` does not exist.
     """
     folder = Path(source)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not known; known: {', '.join(LAYOUTS)}")
     with new_folder(out, overwrite=overwrite) as temporary:
         _write_model(model, temporary, max_shard_size)
         before, after = Shards.open(folder), Shards.open(temporary)
@@ -214,11 +221,14 @@ def save_pruned(
         left_out = copy_companions(folder, temporary)
         if tokenizer is not None and not any((temporary / name).is_file() for name in _TOKENIZER_FILES):
             tokenizer.save_pretrained(temporary)
+        lost = [f"tensor {n} is not in the output" for n in _not_carried(model, before, after)]
+        lost += [f"{file} was not copied: it holds unpruned weights" for file in left_out]
         report = {
             **result.report,
             "source": str(folder),
+            "layout": layout,
             "bytes": sum(after.nbytes(name) for name in after.names),
-            "not_carried": _not_carried(model, before, after) + left_out,
+            "warnings": [*result.report["warnings"], *lost],
         }
         masks = {
             name: mask if isinstance(mask, SparseMask) else SparseMask(mask) for name, mask in result.masks.items()
@@ -270,3 +280,14 @@ def _restore_dtypes(before: Shards, after: Shards) -> None:
                 if name in wrong:
                     tensors[name] = tensors[name].to(before.dtype(name))
         write_safetensors(tensors, after.folder / file, after.metadata[file])
+
+
+def _to_bitmask(shards: Shards, masks: Mapping[str, SparseMask]) -> int:
+    """Replace the dense files of a folder by one in the bitmask layout; returns the bytes of its tensors."""
+    config = json.loads((shards.folder / "config.json").read_text(encoding="utf-8"))
+    state = {name: shards.read(name) for name in shards.names}
+    for file in (*shards.files, *([INDEX] if shards.index is not None else [])):
+        (shards.folder / file).unlink()
+    write_compressed(state, masks, shards.folder, config=config, overwrite=True)
+    packed = Shards.open(shards.folder)
+    return sum(packed.nbytes(name) for name in packed.names)
