@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import torch
-from compressed_tensors import __version__
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
-from compressed_tensors.config import SparsityCompressionConfig
 from safetensors.torch import load_file, save_file
 
-assert __version__.startswith("0.14."), __version__
+if __name__ == "__main__":  # absent where tests are collected
+    from compressed_tensors import __version__
+    from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+    from compressed_tensors.config import SparsityCompressionConfig
+
+    assert __version__.startswith("0.14."), __version__
 
 
 class Net(torch.nn.Module):

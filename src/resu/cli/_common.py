@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +33,7 @@ __all__ = [
     "progress",
     "refuse_taken",
     "require",
+    "shown_progress",
     "stdout",
     "write_whole",
 ]
@@ -267,3 +268,15 @@ def progress() -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield bar
+
+
+@contextmanager
+def shown_progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A callable ``(done, total, name)`` that shows how far one kind of work is."""
+    with progress() as bar:
+        task = bar.add_task(what, total=None)
+
+        def tick(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{what} {name}".rstrip())
+
+        yield tick

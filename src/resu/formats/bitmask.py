@@ -126,7 +126,7 @@ def unpack_bitmask(parts: Mapping[str, Tensor], name: str = "weight") -> tuple[T
     try:
         shape = torch.Size(int(d) for d in parts["shape"].reshape(-1).tolist())
         values = parts["compressed"].reshape(-1)
-        mask, kept = _mask_of(parts["bitmask"], shape)
+        mask, kept = mask_from_bits(parts["bitmask"], shape)
     except (KeyError, ValueError, RuntimeError, OverflowError) as error:
         raise FileFormatError(f"{name!r} in bitmask layout is damaged: {error}") from None
     if values.numel() != mask.n_active:
@@ -138,7 +138,7 @@ def unpack_bitmask(parts: Mapping[str, Tensor], name: str = "weight") -> tuple[T
     return weight.view(values.dtype), mask
 
 
-def _mask_of(bits: Tensor, shape: torch.Size) -> tuple[SparseMask, Tensor]:
+def mask_from_bits(bits: Tensor, shape: torch.Size) -> tuple[SparseMask, Tensor]:
     """The mask, and how many are kept in each row of the file's own kind."""
     if bits.ndim == len(shape) != 2 and bits.ndim > 0:
         rows, columns = shape[:-1].numel(), shape[-1]

@@ -25,7 +25,7 @@ __all__ = ["CHECKPOINT_HEADER", "Checkpoint", "load_checkpoint", "read_safetenso
 CHECKPOINT_HEADER = "resu_checkpoint"
 MASK_PREFIX = "resu.mask."
 EXTRA_PREFIX = "resu.extra."
-_SETTINGS = "resu_settings"  # a state_dict entry of layers that are in a mode of their own
+MODE_SETTINGS = "resu_settings"  # a state_dict entry of layers that are in a mode of their own
 VERSION = 1
 
 
@@ -90,7 +90,7 @@ def save_checkpoint(
     packed = {n: m if isinstance(m, SparseMask) else SparseMask(m) for n, m in (masks or {}).items()}
     for name, mask in packed.items():
         owner = ties.get(name, name)
-        if any(f"{owner.rpartition('.')[0]}.{_SETTINGS}".lstrip(".") == key for key in tensors):
+        if any(f"{owner.rpartition('.')[0]}.{MODE_SETTINGS}".lstrip(".") == key for key in tensors):
             continue  # the layer keeps its own mask and, at pruned positions, θ
         check_masked(name, tensors.get(owner), mask)
         if layout == "bitmask" and owner in tensors and owner.split(".")[-1] == "weight":

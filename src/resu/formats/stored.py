@@ -16,7 +16,7 @@ import resu
 from resu.core.io import FileFormatError, open_header, seal_header, tensor_checksum
 from resu.core.mask import SparseMask
 from resu.core.shards import Shards
-from resu.formats.bitmask import PARTS, bitmask_prefixes, unpack_bitmask
+from resu.formats.bitmask import PARTS, bitmask_prefixes, mask_from_bits, unpack_bitmask
 from resu.formats.compressed_config import find_sparsity_config
 
 __all__ = ["SHARD_HEADER", "Stored", "read_config", "seal_shard"]
@@ -157,6 +157,18 @@ class Stored:
             return self._part(name), None
         prefix = self.packed[name]
         return unpack_bitmask({part.removeprefix(prefix): self._part(part) for part in self.parts(name)}, name)
+
+    def read_mask(self, name: str) -> SparseMask:
+        """The mask of a weight in a bitmask layout, without its values.
+
+        Raises:
+            FileFormatError: If it is damaged; the tensor is named.
+        """
+        bits = self._part(f"{self.packed[name]}bitmask")
+        try:
+            return mask_from_bits(bits, self.shape(name))[0]
+        except ValueError as error:
+            raise FileFormatError(f"{name!r} in bitmask layout is damaged: {error}") from None
 
     def _part(self, name: str) -> Tensor:
         tensor = self.shards.read(name)
