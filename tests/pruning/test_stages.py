@@ -231,7 +231,7 @@ def test_killed_in_the_middle_goes_on(tmp_path):
         f"""
         import os, sys, torch
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        torch.set_num_threads(1)
+        torch.set_num_threads({torch.get_num_threads()})  # sums depend on it
         from tests.pruning.test_stages import _finetune, _model, prune_iteratively
         torch.manual_seed(5)
         def finetune(model, stage):

@@ -129,7 +129,7 @@ class Sensitivity:
         axes.set_yscale("symlog", linthresh=1e-2)
         axes.grid(color="#DDDDDD", linewidth=0.6)
         if len(self.points) <= 40:  # more names than that cover the plot
-            axes.legend(fontsize=6, ncols=2 if len(self.points) > 20 else 1, loc="outside right upper")
+            figure.legend(fontsize=6, ncols=2 if len(self.points) > 20 else 1, loc="outside right upper")
         if save_path is not None:
             with replacing(save_path, overwrite=True) as temporary:
                 figure.savefig(temporary, format=os.path.splitext(save_path)[1].removeprefix(".") or "png")
