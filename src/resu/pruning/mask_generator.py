@@ -7,27 +7,44 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resu.core.counting import check_finite, check_sparsity
+from resu.core.counting import check_finite
 from resu.core.layers import select
-from resu.core.pattern import Pattern, Unstructured, get_pattern
-from resu.pruning.allocation import Allocation, allocate, match_sparsities
-from resu.pruning.importance import compute_layer_importance, importances
+from resu.core.pattern import Channel, Pattern, Unstructured, get_pattern
+from resu.pruning.allocation import Allocation
+from resu.pruning.budget import plan_budget
+from resu.pruning.importance import importances
+from resu.pruning.importance.layers import scores_of
 
-__all__ = ["MaskGenerator", "compute_random_mask", "compute_unstructured_mask"]
+__all__ = [
+    "MaskGenerator",
+    "compute_random_mask",
+    "compute_structured_mask",
+    "compute_unstructured_mask",
+]
 
 
 class MaskGenerator:
     """Masks for the prunable weights of a model; the model is not changed.
 
+    Any score goes with any distribution and any pattern, but for what cannot be: an N:M pattern has one sparsity, the
+    same in every layer, and so takes neither another one nor a distribution. Blocks and channels are whole: under a
+    distribution each layer's count is rounded down to whole ones, at least one, and the total may fall short of
+    the budget by less than one of them per layer.
+
+    The layers are those of :func:`resu.core.layers.select`, the output layer among them and stacks of matrices not
+    (name those in ``include``); what pruning a whole language model leaves out is
+    :func:`resu.pruning.targets.pruning_targets`.
+
     Args:
         model: Any module.
         sparsity: Fraction removed, in every layer; or ``{glob: sparsity}`` over parameter or module names, where the
-            first glob that matches a layer counts and layers matched by none get no mask.
+            first glob that matches a layer counts and layers matched by none get no mask; None with an N:M pattern.
         method: ``"unstructured"`` (compared where the score says: Wanda within each row, the others within the
             tensor) or a pattern: ``"row"``, ``"tensor"``, ``"2:4"``, ``"block:16x1"``, ``"channel:0"``, a ``Pattern``.
         importance_metric: Name of a registered importance.
-        distribution: How one sparsity is divided over layers: ``"global"``, ``"erk"``, ``"er"``, ``"uniform"`` (exact
-            in total) or a function; None: every layer gets ``sparsity`` itself, rounded down.
+        distribution: How one sparsity is divided over layers: ``"uniform"``, ``"er"``, ``"erk"``, ``"global"``,
+            ``"lamp"``, ``"owl"`` (exact in total) or a function; None: every layer gets ``sparsity`` itself, rounded
+            down.
         include: Globs, as in :func:`resu.core.layers.select`.
         exclude: Globs.
         dataloader: Batches for scores that need inputs or gradients.
@@ -35,8 +52,9 @@ class MaskGenerator:
         seed: Of random scores.
 
     Raises:
+        TypeError: If a sparsity is no number.
         ValueError: On an unknown name (the known ones are listed), a sparsity outside [0, 1), a glob that
-            matches nothing, or missing statistics.
+            matches nothing, a combination that cannot be, or missing statistics.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 5))
@@ -51,7 +69,7 @@ class MaskGenerator:
     def __init__(
         self,
         model: nn.Module,
-        sparsity: float | Mapping[str, float],
+        sparsity: float | Mapping[str, float] | None,
         method: str | Pattern = "unstructured",
         importance_metric: str = "magnitude",
         *,
@@ -72,35 +90,34 @@ class MaskGenerator:
         self.layers = select(model, include, exclude)
         importance = importances[importance_metric]
         self.pattern = Unstructured(importance.scope) if method == "unstructured" else get_pattern(method)
-        if isinstance(sparsity, Mapping):
-            if distribution is not None:
-                raise ValueError("give either one sparsity with a distribution or a sparsity per layer")
-            self._each = match_sparsities(sparsity, self.layers)
-        else:
-            self._each = dict.fromkeys(self.layers, check_sparsity(sparsity))
+        self._budget = plan_budget(self.layers, sparsity, self.pattern, distribution)
 
     def generate_masks(self) -> dict[str, Tensor]:
-        """``{parameter name: bool mask}``, True = kept, each of the parameter's shape."""
-        scores = compute_layer_importance(
+        """``{parameter name: bool mask}``, True = kept, each of the parameter's shape.
+
+        Scores are made and dropped layer by layer, unless the distribution looks at all of them.
+        """
+        layers = {name: self.layers[name] for name in self._budget.sparsities}
+        scores = scores_of(
             self.model,
-            self.importance_metric,
+            layers,
+            importances[self.importance_metric],
             self.dataloader,
             loss_fn=self.loss_fn,
-            include=list(self._each),
             seed=self.seed,
         )
-        # Patterns see [out, in].
-        scores = {n: self.layers[n].matrix(s) for n, s in scores.items()}
-        for name, score in scores.items():
-            check_finite(score, f"scores of {name!r}")
-        shapes = {name: score.shape for name, score in scores.items()}
-        if self.distribution is None:
-            keeps = {n: self.pattern.keep_for(shapes[n], s) for n, s in self._each.items()}
+        shapes = {name: layer.matrix(layer.weight).shape for name, layer in layers.items()}
+        if self._budget.needs_scores:
+            every = dict(scores)
+            scores = iter(every.items())
+            keeps = self._budget.keeps(shapes, every)
         else:
-            assert not isinstance(self.sparsity, Mapping)
-            keeps = allocate(self.distribution, shapes, self.sparsity, scores)
-        masks = {n: self.pattern.select(score, keeps[n]) for n, score in scores.items()}
-        return {n: self.layers[n].unmatrix(m) for n, m in masks.items()}
+            keeps = self._budget.keeps(shapes)
+        masks = {}
+        for name, score in scores:
+            check_finite(score, f"scores of {name!r}")
+            masks[name] = layers[name].unmatrix(self.pattern.select(score, keeps[name]))
+        return masks
 
 
 def compute_unstructured_mask(
@@ -132,6 +149,43 @@ def compute_unstructured_mask(
     distribution = "global" if global_pruning else None
     generator = MaskGenerator(model, sparsity, method, importance_metric, distribution=distribution, **options)
     return generator.generate_masks()
+
+
+def compute_structured_mask(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float],
+    dim: int = 0,
+    importance_metric: str = "magnitude",
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Masks of whole channels: every slice along ``dim`` is kept or pruned as one, by its mean score.
+
+    Only masks: shapes stay as they are, nothing is removed from the model.
+
+    Args:
+        model: Any module.
+        sparsity: Fraction of channels removed, rounded down to whole channels, at least one stays; or
+            ``{glob: sparsity}``.
+        dim: 0: outputs (rows of a linear layer, filters of a convolution); 1: inputs. Counted in ``[out, in…]`` also
+            where a weight is stored the other way round (Hugging Face ``Conv1D``, transposed convolutions).
+        importance_metric: Name of a registered importance. **options: Of :class:`MaskGenerator`: ``distribution``,
+        ``include``, ``exclude``, ``dataloader``, ``loss_fn``, ``seed``.
+
+    Returns:
+        ``{parameter name: bool mask}``, each of the parameter's shape.
+
+    Raises:
+        ValueError: If ``dim`` is neither 0 nor 1, and as :class:`MaskGenerator` does.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 5))
+        >>> masks = compute_structured_mask(model, 0.5)
+        >>> [int(mask.all(dim=1).sum()) for mask in masks.values()]
+        [10, 3]
+    """
+    if dim not in (0, 1) or isinstance(dim, bool):
+        raise ValueError(f"dim must be 0 (output channels) or 1 (input channels), got {dim!r}")
+    return MaskGenerator(model, sparsity, Channel(dim), importance_metric, **options).generate_masks()
 
 
 def compute_random_mask(

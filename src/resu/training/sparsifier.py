@@ -17,7 +17,7 @@ from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
 from resu.core.randomness import derived_generator
-from resu.pruning.allocation import Allocation, global_masks
+from resu.pruning.allocation import Allocation, global_masks, needs_scores
 from resu.training.algorithms.base import Algorithm, View
 from resu.training.budget import check_distribution, described, keeps_at
 from resu.training.report import LayerReport, SparsityReport
@@ -257,7 +257,7 @@ class Sparsifier:
     def _allocate(self, views: Mapping[str, View], sparsity: float) -> dict[str, int]:
         shapes = {name: view.weight.shape for name, view in views.items()}
         scores = None
-        if self.distribution == "global" and sparsity > 0:
+        if needs_scores(self.distribution) and sparsity > 0:
             scores = {name: self.algorithm.scores(view) for name, view in views.items()}
         keeps = keeps_at(self.distribution, shapes, sparsity, self.algorithm.sparsity, scores)
         return {
