@@ -75,6 +75,7 @@ class Inputs:
 
     def __init__(self, layers: Mapping[str, Layer], needs: Collection[str]) -> None:
         self.layers = layers
+        self.has_inputs, self.has_hessian = "inputs" in needs, "hessian" in needs
         self.moments: dict[str, Moments] = {}
         self._operands: list[Operand] = []
         self._called: set[str] = set()

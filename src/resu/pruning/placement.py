@@ -1,0 +1,82 @@
+"""Moves parts of a model to the device that computes, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resu.pruning.trees import map_leaves
+
+__all__ = ["Placement"]
+
+
+class Placement:
+    """Where things are computed and where they are kept.
+
+    Args:
+        model: The model; its parameters stay the same objects, and at the end lie in the same memory as before.
+        device: Where to compute; None: where the model is.
+        blocks: Modules that are moved one at a time while the whole model runs.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str | None, blocks: Collection[str] = ()) -> None:
+        self.model = model
+        home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = home if device is None else torch.device(device)
+        if self.device.type == "meta":
+            raise ValueError("nothing can be computed on the meta device; give 'cpu' or 'cuda'")
+        self.blocks = tuple(blocks)
+
+    @contextmanager
+    def here(self, *modules: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[None]:
+        """``modules`` on the device; back home, with what was written to the parameters, at the end."""
+        outside = {id(t) for module in without for t in _tensors(module)}
+        moved: list[tuple[Tensor, Tensor]] = []
+        try:
+            for tensor in dict.fromkeys(t for module in modules for t in _tensors(module)):
+                if tensor.device != self.device and id(tensor) not in outside:
+                    # The object stays, and with it ties, optimizers and names; only its memory is lent.
+                    moved.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(self.device)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, home in moved:
+                    home.copy_(tensor.data)
+                    tensor.data = home
+
+    @contextmanager
+    def all(self) -> Iterator[None]:
+        """The whole model runs on the device, its blocks one at a time."""
+        blocks = [self.model.get_submodule(name) for name in self.blocks]
+        with ExitStack() as stack:
+            stack.enter_context(self.here(self.model, without=blocks))
+            present = stack.enter_context(ExitStack())
+            if any(t.device != self.device for block in blocks for t in _tensors(block)):
+
+                def come(module: nn.Module, args: Any) -> None:
+                    present.enter_context(self.here(module))
+
+                def go(module: nn.Module, args: Any, output: Any) -> None:
+                    present.close()
+
+                for block in blocks:
+                    stack.callback(block.register_forward_pre_hook(come).remove)
+                    stack.callback(block.register_forward_hook(go, prepend=True).remove)
+            yield
+
+    def lent(self, tree: Any) -> Any:
+        """Tensors of a tree on the device."""
+        return map_leaves(lambda _, x: x.to(self.device) if isinstance(x, Tensor) else x, tree)
+
+    def kept(self, x: Any) -> Any:
+        """A tensor where it waits until it is needed: in main memory."""
+        return x.detach().cpu() if isinstance(x, Tensor) else x
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
