@@ -36,12 +36,12 @@ def sorted_mask(values: list, keep: int) -> list[bool]:
     ("n", "sparsity", "pruned"),
     [(100, 0.29, 29), (100, 0.57, 57), (1000, 0.999, 999), (50257 * 4096, 0.9, 185_267_404), (7, 0.0, 0), (3, 0.1, 0)],
 )
-def test_trap02_counts_are_those_of_the_decimal_that_was_written(n, sparsity, pruned):
+def test_trap_02_counts_are_those_of_the_decimal_that_was_written(n, sparsity, pruned):
     assert pruned_count(n, sparsity) == pruned
     assert keep_count(n, sparsity) == n - pruned
 
 
-def test_trap02_gpt2_embedding_at_ninety_percent():
+def test_trap_02_gpt2_embedding_at_ninety_percent():
     assert keep_count(50257 * 4096, 0.9) == 20_585_268  # float32 gives 20 585 272
     assert 50257 * 4096 - math.floor(Fraction(9, 10) * 50257 * 4096) == 20_585_268
 
@@ -149,7 +149,7 @@ def test_selection_in_every_dtype(dtype):
 
 
 @pytest.mark.parametrize("n", [8, 1000, 100_000])
-def test_trap01_ties_keep_exactly_half(n):
+def test_trap_01_ties_keep_exactly_half(n):
     mask = top_k_mask(torch.full((n,), 0.25), n // 2)
     assert int(mask.sum()) == n // 2
     assert bool(mask[: n // 2].all())

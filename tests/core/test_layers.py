@@ -70,16 +70,16 @@ def test_exclude_comes_last():
 
 @pytest.mark.parametrize("glob", ["lm_head.", "LM_HEAD", "head", "blocks.?.fc3", "lm_head.bias", "*.norm"])
 @pytest.mark.parametrize("where", ["include", "exclude"])
-def test_trap13_a_glob_that_matches_nothing_is_an_error(glob, where):
+def test_trap_13_a_glob_that_matches_nothing_is_an_error(glob, where):
     with pytest.raises(ValueError, match=r"matches no weight of the model; weights are: wte.weight"):
         select(Net(), **{where: glob})
 
 
-def test_trap13_excluding_the_output_layer_excludes_it():
+def test_trap_13_excluding_the_output_layer_excludes_it():
     assert "lm_head.weight" not in select(Net(), exclude="lm_head")
 
 
-def test_trap10_a_tie_to_an_embedding_is_one_layer_and_left_out_unless_named():
+def test_trap_10_a_tie_to_an_embedding_is_one_layer_and_left_out_unless_named():
     assert "lm_head.weight" not in select(Net(tied=True))
     assert "wte.weight" not in select(Net(tied=True))
     for glob in ("lm_head", "wte", "wte.weight"):
@@ -89,7 +89,7 @@ def test_trap10_a_tie_to_an_embedding_is_one_layer_and_left_out_unless_named():
     assert next(iter(select(Net(tied=True), "*", exclude="wte"))).startswith("blocks")
 
 
-def test_trap10_tied_linear_layers_are_one():
+def test_trap_10_tied_linear_layers_are_one():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     layers = select(model)
@@ -97,7 +97,7 @@ def test_trap10_tied_linear_layers_are_one():
     assert layers["0.weight"].ties == ("1.weight",)
 
 
-def test_trap10_a_module_used_twice_is_one_layer_under_both_names():
+def test_trap_10_a_module_used_twice_is_one_layer_under_both_names():
     layer = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": layer, "b": layer})
     assert select(model)["a.weight"].ties == ("b.weight",)
@@ -106,13 +106,13 @@ def test_trap10_a_module_used_twice_is_one_layer_under_both_names():
         select(model, exclude="b")
 
 
-def test_trap11_conv1d_of_transformers_is_found_and_marked():
+def test_trap_11_conv1d_of_transformers_is_found_and_marked():
     layers = select(nn.ModuleDict({"c_fc": Conv1D(8, 4), "out": nn.Linear(8, 2)}))
     assert layers["c_fc.weight"].transposed
     assert not layers["out.weight"].transposed
 
 
-def test_trap11_a_tied_conv1d_stays_marked():
+def test_trap_11_a_tied_conv1d_stays_marked():
     model = nn.ModuleDict({"e": nn.Embedding(4, 8), "c": Conv1D(8, 4)})
     model["c"].weight = model["e"].weight
     layer = select(model, "c")["c.weight"]
@@ -128,7 +128,7 @@ class Experts(nn.Module):
         self.position = nn.Parameter(torch.randn(1, 5, 4))
 
 
-def test_trap12_stacked_experts_are_not_skipped_in_silence():
+def test_trap_12_stacked_experts_are_not_skipped_in_silence():
     with pytest.warns(UserWarning, match="stacked weights are not pruned by default: up; name them"):
         assert list(select(Experts())) == ["router.weight"]
     assert list(select(Experts(), ["up", "router"])) == ["up", "router.weight"]
@@ -147,7 +147,7 @@ def test_the_root_may_be_a_layer():
     assert list(select(nn.Linear(2, 2))) == ["weight"]
 
 
-def test_trap25_weights_are_looked_up_at_each_use():
+def test_trap_25_weights_are_looked_up_at_each_use():
     model = nn.Sequential(nn.Linear(2, 2))
     layer = select(model)["0.weight"]
     model[0].weight = nn.Parameter(torch.zeros(2, 2))

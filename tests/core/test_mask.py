@@ -74,14 +74,14 @@ def test_one_bit_per_weight():
     assert SparseMask(random_bool((128, 256))).nbytes == 128 * 256 // 8
 
 
-def test_trap03_a_mask_is_never_guessed_from_values():
+def test_trap_03_a_mask_is_never_guessed_from_values():
     weight = torch.tensor([[0.0, 1.0]])
     for wrong in (weight, weight.int(), [[True]], np.array([True])):
         with pytest.raises(TypeError, match="bool"):
             SparseMask(wrong)
 
 
-def test_trap03_kept_zeros_stay_kept():
+def test_trap_03_kept_zeros_stay_kept():
     mask = SparseMask(torch.tensor([True, True, False]))
     weight = torch.tensor([0.0, 1.0, 5.0])
     assert mask.get_active(weight).tolist() == [0.0, 1.0]
@@ -89,7 +89,7 @@ def test_trap03_kept_zeros_stay_kept():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8])
-def test_trap08_pruned_positions_are_positive_zero_and_nan_does_not_survive(dtype):
+def test_trap_08_pruned_positions_are_positive_zero_and_nan_does_not_survive(dtype):
     mask = SparseMask(torch.tensor([[True, False, False, False]]))
     if dtype.is_floating_point:
         x = torch.tensor([[-1.0, -2.0, float("nan"), float("-inf")]], dtype=dtype)
@@ -183,7 +183,7 @@ def test_from_magnitude_refuses_nan():
 
 
 @given(shape=shapes.filter(len), digits=st.integers(0, 99), seed=st.integers(0, 99))
-def test_trap04_random_masks_have_an_exact_count_and_repeat(shape, digits, seed):
+def test_trap_04_random_masks_have_an_exact_count_and_repeat(shape, digits, seed):
     first = SparseMask.random(shape, digits / 100, torch.Generator().manual_seed(seed))
     again = SparseMask.random(shape, digits / 100, torch.Generator().manual_seed(seed))
     assert first == again

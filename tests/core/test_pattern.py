@@ -36,7 +36,7 @@ def test_unstructured_over_the_tensor(shape, sparsity, seed, levels):
 
 
 @given(shape=weights, sparsity=sparsities, seed=st.integers(0, 999), levels=st.sampled_from([None, 3]))
-def test_trap35_row_scope_compares_within_rows(shape, sparsity, seed, levels):
+def test_trap_35_row_scope_compares_within_rows(shape, sparsity, seed, levels):
     scores = scores_of(shape, seed, levels)
     mask = Unstructured("row").mask(scores, sparsity)
     n = scores[0].numel()
@@ -62,7 +62,7 @@ def test_row_scope_spreads_any_count(rows, n, seed, data):
     seed=st.integers(0, 999),
     levels=st.sampled_from([None, 2]),
 )
-def test_trap06_n_of_m_keeps_n(shape, nm, seed, levels):
+def test_trap_06_n_of_m_keeps_n(shape, nm, seed, levels):
     n, m = nm
     scores = scores_of(shape, seed, levels)
     pattern = NM(n, m)

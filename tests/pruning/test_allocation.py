@@ -118,7 +118,7 @@ def test_global_is_the_top_k_of_everything_together(shapes, digits, seed, levels
         assert all(torch.equal(m.view(-1), p) for m, p in zip(masks.values(), plain, strict=True))
 
 
-def test_trap09_global_ranking_never_empties_a_layer():
+def test_trap_09_global_ranking_never_empties_a_layer():
     scores = {"a": torch.rand(100) + 1, "b": torch.rand(20) * 1e-3, "c": torch.rand(5) * 1e-6}
     masks = global_masks({k: s.view(1, -1) for k, s in scores.items()}, 0.9)
     assert {k: int(m.sum()) for k, m in masks.items()} == {"a": 11, "b": 1, "c": 1}
@@ -126,7 +126,7 @@ def test_trap09_global_ranking_never_empties_a_layer():
         assert masks[name].view(-1).nonzero().item() == int(scores[name].argmax())
 
 
-def test_trap05_global_ranking_of_more_than_two_to_the_24():
+def test_trap_05_global_ranking_of_more_than_two_to_the_24():
     n = (1 << 24) + 3
     scores = {"a": torch.arange(n, dtype=torch.int32).view(1, -1), "b": torch.zeros(1, 1, dtype=torch.int32)}
     keeps = allocate("global", {k: s.shape for k, s in scores.items()}, 0.5, scores)
@@ -155,7 +155,7 @@ def test_a_mapping_gives_each_layer_its_own_exact_count():
     assert allocate({"fc": 0.9}, SHAPES, 0.5) == {"conv.weight": 432, "body.weight": 4608, "fc.weight": 512}
 
 
-def test_trap13_globs_of_a_mapping_must_match():
+def test_trap_13_globs_of_a_mapping_must_match():
     with pytest.raises(ValueError, match=r"the glob 'head' matches no layer; layers are: conv.weight"):
         allocate({"head": 0.5}, SHAPES, 0.0)
     with pytest.raises(ValueError, match="sparsity of 'fc' must lie"):

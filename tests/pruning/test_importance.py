@@ -44,7 +44,7 @@ def test_layer_functions():
         magnitude_importance(nn.ReLU())
 
 
-def test_trap17_a_score_without_gradients_is_an_error():
+def test_trap_17_a_score_without_gradients_is_an_error():
     layer = layer_with_gradient()
     layer.zero_grad()
     for score in (taylor_importance, gradient_importance):
@@ -87,7 +87,7 @@ def test_random_scores_repeat_with_their_generator():
     assert torch.equal(first, random_importance(layer))
 
 
-def test_trap26_random_scores_of_a_model_depend_on_seed_and_name_alone():
+def test_trap_26_random_scores_of_a_model_depend_on_seed_and_name_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     first = compute_layer_importance(model, "random", seed=1)
     assert not torch.equal(first["0.weight"], first["1.weight"])
@@ -97,7 +97,7 @@ def test_trap26_random_scores_of_a_model_depend_on_seed_and_name_alone():
     assert first["0.weight"][0, 0].item() == pytest.approx(0.995274655345705)
 
 
-def test_trap11_conv1d_is_scored_by_its_inputs():
+def test_trap_11_conv1d_is_scored_by_its_inputs():
     layer, x = Conv1D(5, 3), torch.randn(7, 3)
     layer.forward = lambda x: x @ layer.weight + layer.bias
     scores = compute_layer_importance(nn.ModuleDict({"c": layer}), "magnitude")

@@ -64,7 +64,7 @@ def test_sparsity_by_glob_leaves_the_others_without_a_mask():
         MaskGenerator(network(), {"2": 0.5}, distribution="erk")
 
 
-def test_trap35_wanda_competes_within_rows_by_default():
+def test_trap_35_wanda_competes_within_rows_by_default():
     model, x = network(), torch.randn(32, 1, 4, 4)
     masks = MaskGenerator(model, 0.5, importance_metric="wanda", dataloader=[x]).generate_masks()
     features = model[1](model[0](x)).detach()
@@ -95,7 +95,7 @@ def test_patterns_by_name_and_object(method):
     assert int(mask.sum()) == generator.pattern.keep_for(mask.shape, sparsity)
 
 
-def test_trap11_patterns_on_conv1d_see_outputs_first():
+def test_trap_11_patterns_on_conv1d_see_outputs_first():
     model = nn.ModuleDict({"c": Conv1D(6, 8)})
     mask = MaskGenerator(model, 0.5, "row").generate_masks()["c.weight"]
     assert mask.shape == (8, 6)

@@ -348,7 +348,7 @@ def test_clear_errors() -> None:
         Sparsifier(model, optimizer, Static(sparsity=0.5), exclude="head")
     with pytest.raises(ValueError, match=r"2:4 has sparsity 0\.5"):
         Sparsifier(model, optimizer, Static(sparsity=0.9), pattern="2:4")
-    with pytest.raises(ValueError, match="unknown distribution 'erkk'; known: er, erk, global, uniform"):
+    with pytest.raises(ValueError, match="unknown distribution 'erkk'; known: er, erk, global, lamp, owl, uniform"):
         Sparsifier(model, optimizer, Static(sparsity=0.5), distribution="erkk")
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         RESU(sparsity=1.0)
