@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-COMMANDS = ("quickstart", "inspect", "plan")
+pytest.importorskip("typer")
+from resu.cli._app import COMMANDS
 
 
 def python(code, *args, **options):

@@ -1,4 +1,4 @@
-"""``resu inspect``: what is in a checkpoint or mask file."""
+"""``resu inspect``: what is in a checkpoint, a model folder or a mask file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _BINS = 10
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A checkpoint or mask file, or a folder of sharded safetensors.")],
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint or mask file, or a model folder, sharded or not, dense or bitmask.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint or mask file holds: sparsity, kept weights and bytes of each tensor.
+    """Show what a checkpoint, model folder or mask file holds: sparsity, kept weights and bytes of each tensor.
 
-    Checksums are verified where the file has them.
+    In a folder, masks.safetensors says what is kept. Checksums of what is read are verified; validate checks all.
     """
     from resu.formats.inspect import describe
 

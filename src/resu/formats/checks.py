@@ -13,12 +13,22 @@ from resu.core.counting import keep_count
 from resu.core.mask import SparseMask
 from resu.core.pattern import Pattern
 
-__all__ = ["check_counts", "check_mask", "check_values", "check_weight", "expected_counts"]
+__all__ = ["check_counts", "check_mask", "check_values", "check_weight", "count_nonzero", "expected_counts"]
 
 
 def _as_float(values: Tensor) -> Tensor:
     """8-bit floats as float32: torch has few operations for them."""
     return values.float() if values.is_floating_point() and values.element_size() == 1 else values
+
+
+def count_nonzero(values: Tensor) -> int:
+    """How many values are not zero, in any dtype: NaN is not, -0.0 is.
+
+    Example:
+        >>> count_nonzero(torch.tensor([0.0, -0.0, 1.0, float("nan")]).to(torch.float8_e4m3fn))
+        2
+    """
+    return int(torch.count_nonzero(_as_float(values)))
 
 
 def check_values(weight: Tensor) -> list[str]:
@@ -47,7 +57,7 @@ def check_weight(weight: Tensor, mask: SparseMask) -> tuple[list[str], int]:
     if weight.shape != mask.shape:
         return [f"has shape {tuple(weight.shape)}, its mask {tuple(mask.shape)}"], 0
     pruned = _as_float(mask.get_pruned(weight))
-    odd = int(torch.count_nonzero(pruned))  # NaN counts, -0.0 does not
+    odd = count_nonzero(pruned)
     problems = [f"is not zero at {odd} of {mask.n_pruned} positions its mask prunes"] if odd else []
     minus = int((torch.signbit(pruned) & (pruned == 0)).sum()) if pruned.is_floating_point() else 0
     return problems, minus

@@ -13,15 +13,20 @@ from torch import Tensor
 from resu.core.io import FileFormatError, open_header
 from resu.core.mask import SparseMask
 from resu.core.mask_files import MASK_FORMATS, MASK_HEADER, read_masks
+from resu.core.shards import SINGLE, read_header
 from resu.formats.bitmask import bitmask_prefixes, take_bitmask, unpack_bitmask
+from resu.formats.checks import count_nonzero
 from resu.formats.files import (
     CHECKPOINT_HEADER,
     EXTRA_PREFIX,
     MASK_PREFIX,
+    MODE_SETTINGS,
     VERSION,
     parse_checkpoint,
     read_safetensors,
 )
+from resu.formats.relayout import MASK_FILE
+from resu.formats.stored import Stored
 
 __all__ = ["describe"]
 
@@ -29,15 +34,16 @@ _MODES = ("codes", "bitmask", "scale", "zero", "theta", "theta_m", "theta_v", "r
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint or mask file holds, tensor by tensor; checksums are verified on the way.
+    """What a checkpoint or mask file holds, tensor by tensor; checksums of what is read are verified.
 
     Args:
-        path: A mask file (safetensors, npz, pt), a checkpoint of ours, any other safetensors file, or a folder of
-            safetensors shards.
+        path: A mask file (safetensors, npz, pt), a checkpoint of ours, any other safetensors file, or a model folder,
+            sharded or not, dense or in a bitmask layout; ``masks.safetensors`` in it is used.
 
     Returns:
-        Plain values, ready for JSON: ``path``, ``kind`` (``"masks"``, ``"checkpoint"`` or ``"safetensors"``),
-        ``library`` (version that wrote it, or None), ``metadata``, ``bytes`` on disk, ``tensors`` and ``total``.
+        Plain values, ready for JSON: ``path``, ``kind`` (``"masks"``, ``"checkpoint"``, ``"model"`` for a folder,
+        ``"safetensors"``), ``library`` (version that wrote it, or None), ``metadata``, ``bytes`` on disk, ``tensors``
+        and ``total``.
 
         A row of ``tensors`` has ``name, shape, dtype, kind, bytes, numel, kept, sparsity, masked``. ``kind`` is
         ``"weight"``, ``"tensor"``, ``"mask"``, ``"bitmask"``, ``"extra"`` or the part of a resurrection layer;
@@ -68,10 +74,12 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} has an ending that is not known; known: {', '.join(MASK_FORMATS)}")
     if ending != "safetensors":
         return _masks(path)
-    tensors, header = read_safetensors(path)
+    entries, header = read_header(path)
     if MASK_HEADER in header:
         return _masks(path)
-    return _checkpoint(path, tensors, header)
+    if CHECKPOINT_HEADER in header or any(name.endswith(MODE_SETTINGS) for name in entries):
+        return _checkpoint(path, *read_safetensors(path))
+    return _model(path, {}, {})
 
 
 def _row(name: str, kind: str, tensor: Tensor, mask: SparseMask | None, nbytes: int | None = None) -> dict[str, Any]:
@@ -81,7 +89,7 @@ def _row(name: str, kind: str, tensor: Tensor, mask: SparseMask | None, nbytes: 
     if mask is not None:
         kept = mask.n_active
     elif kind == "weight":
-        kept = int(torch.count_nonzero(tensor))
+        kept = count_nonzero(tensor)
     return {
         "name": name,
         "shape": list(mask.shape if mask is not None else tensor.shape),
@@ -182,11 +190,33 @@ def _layer_row(
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    shards = sorted(path.glob("*.safetensors"))
-    if not shards:
-        raise FileFormatError(f"the folder {path} holds no safetensors file")
-    each = [describe(shard) for shard in shards]
-    rows = [row for one in each for row in one["tensors"]]
-    kinds = {one["kind"] for one in each}
-    kind = kinds.pop() if len(kinds) == 1 else "safetensors"
-    return _summary(path, kind, rows, each[0]["library"], each[0]["metadata"], sum(one["bytes"] for one in each))
+    beside = path / MASK_FILE
+    single = path / SINGLE
+    if single.is_file() and CHECKPOINT_HEADER in read_header(single)[1]:
+        return {**describe(single), "path": str(path)}
+    if not any(file.name != MASK_FILE for file in path.glob("*.safetensors")) and beside.is_file():
+        return describe(beside)
+    masks, body = read_masks(beside) if beside.is_file() else ({}, {})
+    return _model(path, masks, body)
+
+
+def _model(path: Path, masks: Mapping[str, SparseMask], body: Mapping[str, Any]) -> dict[str, Any]:
+    """A model by whichever library, one weight at a time; weights that have a mask are not read."""
+    stored = Stored.open(path)
+    named = {stored.ties.get(name, name): mask for name, mask in masks.items()}
+    rows = []
+    for name in stored.names:
+        mask = named.pop(name, None)
+        if mask is None and name in stored.packed:
+            mask = stored.read_mask(name)
+        shape, dtype = stored.shape(name), stored.dtype(name)
+        if mask is not None and mask.shape != shape:
+            raise FileFormatError(f"{name!r} has shape {tuple(shape)}, its mask in {path} {tuple(mask.shape)}")
+        like = torch.empty(shape, dtype=dtype, device="meta") if mask is not None else stored.read(name)[0]
+        kind = "bitmask" if name in stored.packed else "weight" if len(shape) > 1 else "tensor"
+        rows.append({**_row(name, kind, like, mask, stored.nbytes(name)), "layout": stored.layout(name)})
+    rows += [_row(name, "mask", mask.packed, mask) for name, mask in named.items()]
+    files = [stored.shards.folder / file for file in stored.shards.files]
+    size = sum(file.stat().st_size for file in files)
+    kind = "model" if path.is_dir() else "safetensors"
+    return _summary(path, kind, rows, body.get("library"), body.get("metadata", {}), size)
