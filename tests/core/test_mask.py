@@ -107,6 +107,16 @@ def test_apply_keeps_minus_zero_and_bits_of_active_values():
     assert torch.signbit(SparseMask(torch.tensor([True, True])).apply_(x)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool])
+def test_eight_bit_values_are_zeroed_in_place(dtype):
+    keep = random_bool((5, 9), 1)
+    x = torch.ones(5, 18).to(dtype)[:, ::2]
+    assert SparseMask(keep).apply_(x) is x
+    assert torch.equal(x.float(), keep.float())
+    SparseMask(keep).zero_(x, active=True)
+    assert not x.float().any()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 @given(seed=st.integers(0, 50))
 @settings(max_examples=15)

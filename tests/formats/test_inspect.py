@@ -11,6 +11,7 @@ from torch import nn
 from resu import save_checkpoint
 from resu.core.mask import SparseMask
 from resu.formats import files
+from resu.formats.compressed import write_compressed
 from resu.formats.inspect import describe
 from resu.modules.linear import RESULinear
 from resu.pruning.mask_ops import save_mask
@@ -130,3 +131,59 @@ def test_input_errors(tmp_path):
         (tmp_path / f"m.{ending}").write_text("text")
         with pytest.raises(ValueError, match=r"cannot read|no safetensors file"):
             describe(tmp_path / f"m.{ending}")
+
+
+# -- model folders -------------------------------------------------------------------------------------
+
+
+def test_masks_beside_the_weights_say_what_is_kept(pruned, tmp_path):
+    model, masks = pruned
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state["0.weight"].view(-1)[masks["0.weight"].active_indices[:3]] = 0  # kept zeros
+    names = list(state)
+    save_file({n: state[n] for n in names[:1]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({n: state[n] for n in names[1:]}, tmp_path / "model-00002-of-00002.safetensors")
+    assert describe(tmp_path)["total"]["kept"] == 47 + 40
+    save_mask({**masks, "gone": torch.ones(3, dtype=torch.bool)}, tmp_path / "masks.safetensors", metadata={"by": "x"})
+    found = describe(tmp_path)
+    json.dumps(found)
+    rows = {row["name"]: row for row in found["tensors"]}
+    assert (rows["0.weight"]["kept"], rows["0.weight"]["masked"]) == (50, True)
+    assert (rows["2.weight"]["kept"], rows["2.weight"]["masked"]) == (40, False)
+    assert rows["gone"]["kind"] == "mask"
+    assert found["kind"] == "model"
+    assert found["metadata"] == {"by": "x"}
+    assert found["total"]["kept"] == 53
+    assert found["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("model-*"))
+
+
+@pytest.mark.parametrize("layout", ["sparse-bitmask", "sparse-24-bitmask"])
+def test_sparse_layouts_are_seen_as_their_weights(layout, tmp_path):
+    weight = torch.randn(4, 8, dtype=torch.bfloat16)
+    mask = SparseMask(torch.tensor([[True, False, True, False] * 2] * 4))
+    mask.apply_(weight)
+    write_compressed({"fc.weight": weight, "fc.bias": torch.ones(4)}, {"fc.weight": mask}, tmp_path, layout=layout)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        found = describe(path)
+        rows = {row["name"]: row for row in found["tensors"]}
+        assert set(rows) == {"fc.weight", "fc.bias"}
+        row = rows["fc.weight"]
+        assert (row["shape"], row["dtype"], row["kept"], row["masked"]) == ([4, 8], "bfloat16", 16, True)
+        assert (row["kind"], row["layout"]) == ("bitmask", layout)
+        assert row["bytes"] == 16 * 2 + 4 + 2 * 8 + (4 * 8 if layout == "sparse-bitmask" else 0)
+
+
+def test_a_folder_with_a_checkpoint_or_with_masks_alone(pruned, tmp_path):
+    model, masks = pruned
+    save_mask(masks, tmp_path / "masks.safetensors")
+    assert describe(tmp_path)["kind"] == "masks"
+    save_checkpoint(model, tmp_path / "model.safetensors", masks=masks, metadata={"epoch": 1})
+    found = describe(tmp_path)
+    assert (found["kind"], found["metadata"], found["path"]) == ("checkpoint", {"epoch": 1}, str(tmp_path))
+
+
+def test_input_a_mask_beside_that_does_not_fit_is_an_error(pruned, tmp_path):
+    save_file({"0.weight": torch.ones(3, 3)}, tmp_path / "model.safetensors")
+    save_mask(pruned[1], tmp_path / "masks.safetensors")
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \(3, 3\), its mask"):
+        describe(tmp_path)

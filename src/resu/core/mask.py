@@ -268,7 +268,10 @@ class SparseMask:
         self._check(x)
         if not _wordwise(x):
             mask = self.mask
-            return x.masked_fill_(mask if active else mask.logical_not_(), 0)
+            # 8-bit floats as the bytes they are: torch fills few of their kinds.
+            bytes_ = x.detach().view(torch.uint8) if x.element_size() == 1 else x
+            bytes_.masked_fill_(mask if active else mask.logical_not_(), 0)
+            return x
         words = x.detach().view(_WORD[x.element_size()]).view(self._packed.shape[0], -1)
         for rows, bits in self._chunks():
             words[rows].bitwise_and_(bits.sub_(1) if active else bits.neg_())
