@@ -157,6 +157,9 @@ class Inputs:
         )
         for mask in (self._padding[key] for key in by_name):
             rows = token_rows(x, mask)
+            if _in_attention(self.layers[name]):  # always tokens first, whatever batch_first says
+                tokens = torch.arange(mask.numel(), device=x.device).view(mask.shape).t().flatten()
+                rows = tokens if x.shape[0] == mask.numel() else None
             if rows is not None and x.shape[: rows.ndim] == rows.shape:
                 return x[mask.reshape(-1).to(x.device)[rows.to(x.device)]]
         batch = next(iter(self._padding.values())).shape[0]
@@ -238,10 +241,15 @@ class Inputs:
         return each.repeat_interleave(rows, dim=0)
 
 
+def _in_attention(layer: Layer) -> bool:
+    """Whether it is a projection of ``nn.MultiheadAttention``, whose output projection is never called."""
+    return isinstance(layer.module, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear))
+
+
 def _is_called(layer: Layer) -> bool:
     """Whether the layer's own forward sees what the weight is multiplied with."""
     module = layer.module
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # the output projection of nn.MultiheadAttention
+    if _in_attention(layer):
         return False
     conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     return layer.attribute == "weight" and (conv1d or isinstance(module, (nn.Linear, *CONVOLUTIONS)))

@@ -87,7 +87,7 @@ class Multiplications(TorchDispatchMode):
         if not self._quiet:
             name = func.overloadpacket.__name__
             if self._by_memory and name in _PRODUCTS:
-                self._look(name, [a for a in args if isinstance(a, Tensor)])
+                self._look(name, [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)])
             if self.mask is not None and isinstance(out, (Tensor, list, tuple)):
                 self._follow(name, args, out)
         return out
