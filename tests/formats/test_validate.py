@@ -201,7 +201,8 @@ def test_patterns_are_checked_in_the_orientation_of_the_layer(tmp_path):
     for mask, options, wrong in (
         (right, {}, False),
         (right.t().contiguous(), {}, True),
-        (right.t().contiguous(), {"either_way": True}, False),
+        (right.t().contiguous(), {"transposed": True}, False),
+        (right, {"transposed": True}, True),
         (right.view(2, 4, 16), {}, False),  # a stack of experts
         (right.view(2, 4, 16).transpose(1, 2).contiguous(), {}, False),
         (~right & (torch.rand(8, 16) < 0.5), {}, False),  # fewer than two are allowed
@@ -212,8 +213,8 @@ def test_patterns_are_checked_in_the_orientation_of_the_layer(tmp_path):
     write_masks({"w": SparseMask(broken)}, tmp_path / "m.npz")
     assert findings(tmp_path / "m.npz", pattern="2:4") == {("w", "breaks NM(n=2, m=4) in 2 places")}
     # The Conv1D of GPT-2 is stored as [in, out].
-    save_file({"c_attn.weight": right.t().float().contiguous()}, tmp_path / "model.safetensors")
-    write_masks({"c_attn.weight": SparseMask(right.t())}, tmp_path / "masks.safetensors")
+    save_file({"h.0.attn.c_attn.weight": right.t().float().contiguous()}, tmp_path / "model.safetensors")
+    write_masks({"h.0.attn.c_attn.weight": SparseMask(right.t())}, tmp_path / "masks.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert findings(tmp_path, pattern="2:4")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Layer", "every_weight", "select"]
+__all__ = ["Layer", "conv1d_globs", "every_weight", "select"]
 
 # Weights that are multiplied with activations. Embeddings and norms are not, and so never selected unless
 # a glob asks for them by name.
@@ -28,6 +28,20 @@ _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTrans
 # Fused experts that multiply with [experts, in, out] and, in some releases of transformers, do not say so
 # by an attribute ``is_transposed``.
 _EXPERTS_IN_OUT = ("AriaGroupedExpertsGemm", "GptOssExperts", "Llama4TextExperts")
+# Model types of transformers whose linear layers are Conv1D, stored [in, out], and the names of these: for
+# checkpoints, which do not say it.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_NAMES = ("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight", "*.q_attn.weight")
+
+
+def conv1d_globs(model_type: object) -> tuple[str, ...]:
+    """Names of the weights that a model of this type, as ``config.json`` has it, stores ``[in, out]``.
+
+    Example:
+        >>> conv1d_globs("gpt2")[0], conv1d_globs("llama"), conv1d_globs(None)
+        ('*.c_attn.weight', (), ())
+    """
+    return _CONV1D_NAMES if model_type in _CONV1D_MODELS else ()
 
 
 @dataclass(frozen=True)

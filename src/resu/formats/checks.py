@@ -63,24 +63,22 @@ def check_weight(weight: Tensor, mask: SparseMask) -> tuple[list[str], int]:
     return problems, minus
 
 
-def _views(mask: Tensor, either_way: bool) -> Iterable[tuple[str, Tensor]]:
-    """A mask in every orientation its layer may have, with words for those that are not the stored one."""
-    yield "", mask
-    if mask.ndim == 2 and either_way:
-        yield " (of the transposed weight)", mask.t()
+def _views(mask: Tensor, transposed: bool) -> Iterable[Tensor]:
+    """A mask as ``[out, in…]``, in every orientation its layer may have."""
+    yield mask.t() if mask.ndim == 2 and transposed else mask
     if mask.ndim == 3:  # a stack of experts, each [out, in] or [in, out]
-        yield " (of each expert)", mask.flatten(0, 1)
-        yield " (of each expert, transposed)", mask.transpose(1, 2).flatten(0, 1)
+        yield mask.flatten(0, 1)
+        yield mask.transpose(1, 2).flatten(0, 1)
 
 
-def check_mask(mask: SparseMask, pattern: Pattern | None = None, *, either_way: bool = False) -> list[str]:
+def check_mask(mask: SparseMask, pattern: Pattern | None = None, *, transposed: bool = False) -> list[str]:
     """Whether a mask keeps something, and its pattern.
 
     Args:
         mask: The mask.
         pattern: What it should have; None: not checked.
-        either_way: Whether a matrix may also be stored as ``[in, out]``, as the ``Conv1D`` of Transformers is. A
-            weight with three dimensions may be a stack of experts of either kind, which names do not tell.
+        transposed: Whether a matrix is stored ``[in, out]``, as the ``Conv1D`` of Transformers is. A weight with three
+            dimensions may be a stack of experts of either kind, which names do not tell.
 
     Returns:
         What is wrong, in words.
@@ -95,13 +93,10 @@ def check_mask(mask: SparseMask, pattern: Pattern | None = None, *, either_way: 
         problems.append("keeps nothing")
     if pattern is None or not mask.numel:
         return problems
-    found = {}
-    for words, view in _views(mask.mask, either_way):
-        try:
-            found[words] = pattern.violations(view)
-        except (ValueError, IndexError) as error:
-            return [*problems, f"cannot have {pattern}: {error}"]
-    best = min(found.values())
+    try:
+        best = min(pattern.violations(view) for view in _views(mask.mask, transposed))
+    except (ValueError, IndexError) as error:
+        return [*problems, f"cannot have {pattern}: {error}"]
     if best:
         problems.append(f"breaks {pattern} in {best} places")
     return problems

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from resu.core.counting import check_sparsity
 from resu.core.io import FileFormatError
+from resu.core.layers import conv1d_globs
 from resu.core.mask import SparseMask
 from resu.core.mask_files import MASK_FORMATS, MASK_HEADER, read_masks
 from resu.core.pattern import Pattern, get_pattern
@@ -25,8 +27,6 @@ from resu.formats.stored import Stored
 
 __all__ = ["validate"]
 
-# Models of Transformers whose linear layers (`Conv1D`) are stored as [in, out].
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
 
@@ -99,9 +99,9 @@ def validate(
             against = _model(path, given, found, progress)
     except FileFormatError as error:  # what the files under test are is what is being asked
         found.add(str(path), str(error))
-    either_way = kind == "model" and _model_type(path) in _CONV1D
+    other_way = conv1d_globs(_model_type(path)) if kind == "model" else ()
     for name, mask in against.items():
-        found.add(name, *check_mask(mask, wanted, either_way=either_way))
+        found.add(name, *check_mask(mask, wanted, transposed=any(fnmatchcase(f".{name}", glob) for glob in other_way)))
     if sparsity is not None:
         if against:
             found.add("all masks", *check_counts(against, sparsity, wanted))

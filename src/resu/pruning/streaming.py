@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resu.core.io import open_header
+from resu.core.layers import conv1d_globs
 from resu.core.mask import unpack_bits
 from resu.core.mask_files import MASK_HEADER
 from resu.core.mask_stream import VERSION, BitWriter, aligned, join_masks, packed_bytes
@@ -27,10 +28,6 @@ from resu.pruning.weight_scores import CHUNK, Tensors
 __all__ = ["MaskFile", "Progress", "compute_masks_for_state_dict", "counted_progress", "stored_transposed"]
 
 Progress = Callable[[int, int, str], None]
-
-# Model types of transformers whose linear layers are Conv1D, stored [in, out], and the names of these.
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_NAMES = ("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight", "*.q_attn.weight")
 
 
 def stored_transposed(
@@ -50,7 +47,7 @@ def stored_transposed(
             kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{config} is damaged: {error}") from None
-        globs: list[str] = list(_CONV1D_NAMES) if kind in _CONV1D_MODELS else []
+        globs: list[str] = list(conv1d_globs(kind))
     else:
         globs = [transposed] if isinstance(transposed, str) else list(transposed)
         for glob in globs:
