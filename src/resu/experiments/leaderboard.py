@@ -2,87 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import statistics
-import typing
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from resu.experiments.plots import draw_accuracy, legend_below, new_figure, to_png
-from resu.experiments.recipes import COLUMNS, Row
+from resu.experiments.recipes import Row
+from resu.experiments.rows import append, read
 
 __all__ = ["Cell", "Table", "append_row", "markdown", "plot", "read_rows", "tables"]
 
 
-def _line(values: Iterable[object]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue()
-
-
 def append_row(path: str | Path, row: Row) -> None:
-    """Add one row; the line goes out in a single write, so that a reader or a second writer sees it whole.
+    """Add one row; see :func:`resu.experiments.rows.append`.
 
     Raises:
         ValueError: If the file has other columns.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = _line(asdict(row).values())
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(file).st_size
-        if size == 0:
-            text = _line(COLUMNS) + text
-        else:
-            with open(path, encoding="utf-8", newline="") as existing:
-                _check_columns(_fields(existing.readline()), path)
-            if os.pread(file, 1, size - 1) != b"\n":  # the last writer was cut off: leave its line behind
-                text = "\n" + text
-        os.write(file, text.encode())
-    finally:
-        os.close(file)
-
-
-def _fields(line: str) -> list[str]:
-    return next(csv.reader([line]), [])
-
-
-def _check_columns(found: Sequence[str], path: Path) -> None:
-    if tuple(found) != COLUMNS:
-        raise ValueError(f"{path} has the columns {', '.join(found)}; expected {', '.join(COLUMNS)}")
+    append(path, row)
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a CSV in order; none if there is no file. A line that was cut off is left out.
+    """The rows of a CSV in order; see :func:`resu.experiments.rows.read`.
 
     Raises:
         ValueError: If the file has other columns.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    types = typing.get_type_hints(Row)
-    rows = []
-    with open(path, encoding="utf-8", newline="") as file:
-        lines = file.read().split("\n")
-    _check_columns(_fields(lines[0]), path)
-    # Line by line: a quote that a cut-off line left open must not swallow the next one.
-    for values in map(_fields, lines[1:-1]):
-        if len(values) != len(COLUMNS) or not values[-1]:
-            continue
-        fields = {name: _value(types[name], text) for name, text in zip(COLUMNS, values, strict=True)}
-        rows.append(Row(**fields))
-    return rows
-
-
-def _value(kind: type, text: str) -> Any:
-    return text == "True" if kind is bool else kind(text)
+    return read(path, Row)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from resu.experiments.leaderboard import Cell, Table, markdown, plot, read_rows,
 from resu.experiments.methods import methods
 from resu.experiments.recipes import Row
 
-__all__ = ["ORDER", "render", "summarize"]
+__all__ = ["BEGIN", "END", "ORDER", "around_marks", "render", "summarize", "write_page"]
 
 ORDER = (
     *("dense", "static", "one-shot", "one-shot-global", "gradual", "gradual-global"),
@@ -22,7 +22,7 @@ ORDER = (
 _PLOTTED = tuple(
     f"{name}{budget}" for name in ("one-shot", "gradual", "straight-through", "resu") for budget in ("", "-global")
 )
-_BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 _TITLES = {
     "mlp": "MLP 784-300-100-10, Fashion-MNIST",
     "conv": "Small conv net, Fashion-MNIST",
@@ -56,13 +56,13 @@ def render(folder: str | Path, page: str | Path) -> None:
         raise ValueError(f"no result in {folder}: looked for honest_*.csv")
     rank = {name: i for i, name in enumerate(_TITLES)}
     found.sort(key=lambda t: (rank.get(t.task, 99), t.regime != "scratch"))
-    before, after = _around_marks(page)
+    before, after = around_marks(page)
     image = page.with_suffix(".png")
     page.parent.mkdir(parents=True, exist_ok=True)
     plot(found, image, _PLOTTED)
     body = "\n\n".join(_section(table) for table in found)
     settings = _settings(found)
-    _write(page, f"{before}{_BEGIN}\n\n![Results]({image.name})\n\n{body}\n\n{settings}\n\n{_END}{after}")
+    write_page(page, f"{before}{BEGIN}\n\n![Results]({image.name})\n\n{body}\n\n{settings}\n\n{END}{after}")
 
 
 def summarize(folder: str | Path, page: str | Path) -> None:
@@ -83,8 +83,8 @@ def summarize(folder: str | Path, page: str | Path) -> None:
     lines = [head, ["---"] * len(head)]
     lines += [[label, *(cells[column][label] for column in columns)] for label in _SUMMARY_ROWS]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    before, after = _around_marks(page)
-    _write(page, f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
+    before, after = around_marks(page)
+    write_page(page, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
 
 
 def _column(rows: list[Row], task: str, sparsity: float) -> dict[str, str]:
@@ -107,18 +107,19 @@ def _column(rows: list[Row], task: str, sparsity: float) -> dict[str, str]:
     return {k: f"**{texts[k]}**" if k == best else texts.get(k, "–") for k in _SUMMARY_ROWS}
 
 
-def _around_marks(page: Path) -> tuple[str, str]:
-    """The text of the page before and after its table marks."""
+def around_marks(page: Path, title: str = "Which way of pruning is best?") -> tuple[str, str]:
+    """The text of the page before and after its table marks; a title where there is no page yet."""
     if not page.exists():
-        return "# Which way of pruning is best?\n\n", "\n"
-    before, begin, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+        return f"# {title}\n\n", "\n"
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{page} exists and has no marks {_BEGIN} … {_END} to write tables between")
+        raise ValueError(f"{page} exists and has no marks {BEGIN} … {END} to write tables between")
     return before, after
 
 
-def _write(page: Path, text: str) -> None:
+def write_page(page: Path, text: str) -> None:
+    """Replace a page, whole or not at all."""
     scratch = page.with_suffix(".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(page)
