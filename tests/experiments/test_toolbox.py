@@ -41,16 +41,16 @@ def test_jobs_cover_every_combination_once():
 
 
 def test_a_study_is_exact_and_goes_on_where_it_stopped(data_folder, cifar_test, tmp_path, monkeypatch):
-    data_folder("model_resnet_cifar10")
+    folder = str(data_folder("model_resnet_cifar10"))
     # Decoded already: the test images stand for the training images too.
     some = torch.arange(0, 10_000, 50)
     part = Split(cifar_test.x[some], cifar_test.y[some])
     images = Images("cifar10", part, part, part, 10, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     monkeypatch.setattr(toolbox, "load", lambda name, directory: images)
     csv, wanted = tmp_path / "a.csv", [("dense", "dense", 0.0, 0), ("taylor", "global", 0.5, 0), ("ria", "erk", 0.8, 0)]
-    assert toolbox.study(csv, wanted[:1], images=50, calibration=100) == 1
-    assert toolbox.study(csv, wanted, images=50, calibration=100) == 2
-    assert toolbox.study(csv, wanted, images=50, calibration=100) == 0
+    assert toolbox.study(csv, wanted[:1], images=50, calibration=100, directory=folder) == 1
+    assert toolbox.study(csv, wanted, images=50, calibration=100, directory=folder) == 2
+    assert toolbox.study(csv, wanted, images=50, calibration=100, directory=folder) == 0
     found = rows.read(csv, Result)
     assert [(r.score, r.allocation) for r in found] == [("dense", "dense"), ("taylor", "global"), ("ria", "erk")]
     assert all(r.exact for r in found)

@@ -18,7 +18,7 @@ def test_create_pruner_by_name():
 
 
 def test_unknown_names_and_options_list_the_known():
-    with pytest.raises(ValueError, match="unknown pruner 'magnitud'; known: gradual, magnitude"):
+    with pytest.raises(ValueError, match=r"unknown pruner 'magnitud'; known: gradual,.* magnitude"):
         create_pruner("magnitud")
     with pytest.raises(ValueError, match="no option 'amount'; it has: sparsity, scope"):
         create_pruner("magnitude", amount=0.5)

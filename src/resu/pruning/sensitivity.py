@@ -50,7 +50,7 @@ def sensitivity_scan(
 
     Args:
         model: Any module.
-        evaluate: ``evaluate(model) -> loss``, lower is better: on a few fixed calibration batches, the same each time.
+        evaluate: ``evaluate(model) -> loss``, lower is better, called without gradients: on a few fixed batches.
         sparsities: To try in each layer.
         method: Name of a registered score.
         pattern: As in :func:`resu.core.pattern.get_pattern`; None: single weights, compared where the score says.
@@ -123,8 +123,7 @@ def sensitivity_scan(
 
 def _loss(evaluate: Callable[[nn.Module], float | Tensor], model: nn.Module) -> float:
     with torch.no_grad():
-        loss = evaluate(model)
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+        return float(evaluate(model))
 
 
 def _scan_layer(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resu.core.mask import SparseMask
@@ -61,7 +62,7 @@ def prune_iteratively(
             None: no fine-tuning.
         target: Final sparsity. With a list of fractions it is checked.
         pruner: What to prune by; None: ``MagnitudePruner``, each layer alike.
-        eval_fn: ``eval_fn(model) -> number``, called before the first stage and after each.
+        eval_fn: ``eval_fn(model) -> number``, called without gradients before the first stage and after each.
         higher_is_better: Whether that number is an accuracy (True) or a loss (False).
         max_drop: How much worse than before the first stage is too much: the stage is taken back, and the run ends.
         checkpoint_dir: Folder for a checkpoint per stage; None: only the last good stage is kept, in memory.
@@ -193,8 +194,8 @@ class _Run:
         if self.evaluate is None:
             return None
         try:
-            score: Any = self.evaluate(self.model)
-            return float(score.detach() if isinstance(score, Tensor) else score)
+            with torch.no_grad():
+                return float(self.evaluate(self.model))
         finally:
             self._put_flags_back()
 
