@@ -8,6 +8,7 @@ weight that cancels part of it too.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -113,8 +114,13 @@ class _Rows:
     pruned: Tensor
 
     def gather(self, dim: int, index: Tensor) -> _Rows:
-        every = (self.brings, self.ranks, self.wanda, self.kept, self.pruned)
-        return _Rows(*(x.gather(dim, index) for x in every))
+        return self._each(lambda x: x.gather(dim, index))
+
+    def of(self, rows: Tensor) -> _Rows:
+        return self._each(lambda x: x[rows])
+
+    def _each(self, what: Callable[[Tensor], Tensor]) -> _Rows:
+        return _Rows(what(self.brings), what(self.ranks), what(self.wanda), what(self.kept), what(self.pruned))
 
     def choices(self, sign: Tensor) -> tuple[Tensor, Tensor]:
         """What may be grown and what may be given up against a residual of this sign ``[rows, 1, 1]``."""
@@ -129,24 +135,26 @@ def _swap(rows: _Rows, rounds: int, threshold: float) -> None:
     dim, index = _who_can_take_part(rows, rounds)
     few = rows if index is None else rows.gather(dim, index)
     members = few.kept.shape[2]
-    each = torch.arange(len(residual), device=residual.device)
-    active = torch.ones_like(residual, dtype=torch.bool)
+    left = (residual.abs() > threshold).nonzero().view(-1)
     for _ in range(rounds):
-        sign = residual.sign()[:, None, None]
-        grows, gives = few.choices(sign)
-        best = (few.ranks * sign).masked_fill_(~grows, -math.inf).flatten(1).argmax(dim=1)
-        group, member = best // members, best % members
-        given = few.wanda[each, group].masked_fill_(~gives[each, group], math.inf).argmin(dim=1)
-        change = few.brings[each, group, given] - few.brings[each, group, member]
-        active &= grows[each, group, member] & (residual.abs() > threshold)
-        active &= (residual + change).abs() < residual.abs()
-        who = active.nonzero().view(-1)
-        if not len(who):
+        if not len(left):
             break
-        for state, grown in ((few.kept, True), (few.pruned, False)):
-            state[who, group[who], member[who]] = grown
-            state[who, group[who], given[who]] = not grown
-        residual = residual + change.masked_fill_(~active, 0)
+        now, error = few.of(left), residual[left]
+        each = torch.arange(len(left), device=left.device)
+        sign = error.sign()[:, None, None]
+        grows, gives = now.choices(sign)
+        best = (now.ranks * sign).masked_fill_(~grows, -math.inf).flatten(1).argmax(dim=1)
+        group, member = best // members, best % members
+        given = now.wanda[each, group].masked_fill_(~gives[each, group], math.inf).argmin(dim=1)
+        after = error + now.brings[each, group, given] - now.brings[each, group, member]
+        good = grows[each, group, member] & (after.abs() < error.abs())
+        left, group, member, given, after = (x[good] for x in (left, group, member, given, after))
+        few.kept[left, group, member] = True
+        few.kept[left, group, given] = False
+        few.pruned[left, group, member] = False
+        few.pruned[left, group, given] = True
+        residual[left] = after
+        left = left[after.abs() > threshold]
     if index is not None:
         rows.kept.scatter_(dim, index, few.kept)
 
@@ -168,8 +176,8 @@ def _who_can_take_part(rows: _Rows, rounds: int) -> tuple[int, Tensor | None]:
         lists = [best.amax(dim=2)] if groups > 1 else [best[:, 0], (-rows.wanda).masked_fill_(~gives, -math.inf)[:, 0]]
         for keys in lists:
             wanted += top_k_rows(keys, rounds)
-    chosen = top_k_rows(wanted.clamp_(max=1), kinds * rounds)  # all that are wanted, and others to fill up
-    index = chosen.nonzero()[:, 1].view(len(rows.kept), -1)
+    # All that are wanted, and any others to fill up; in order, so that ties stay with the lower index.
+    index = wanted.topk(kinds * rounds, dim=1, sorted=False).indices.sort(dim=1).values
     if groups == 1:
         return 2, index[:, None]
     return 1, index[..., None].expand(-1, -1, members)
