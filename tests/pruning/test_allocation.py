@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resu.core.counting import keep_count
-from resu.pruning.allocation import allocate, allocations, global_masks, match_sparsities
+from resu.pruning.allocation import (
+    allocate,
+    allocations,
+    erdos_renyi_densities,
+    global_masks,
+    match_sparsities,
+    ranking,
+)
+from tests.reference import erk
 
 SHAPES = {
     "conv.weight": torch.Size([16, 3, 3, 3]),
@@ -27,45 +35,65 @@ some_shapes = st.lists(st.lists(st.integers(1, 12), min_size=2, max_size=4).map(
 )
 
 
-def papers_erk(shapes, sparsity, kernel=True):
-    """Densities as in the reference implementation of RigL: one layer at a time becomes dense."""
-    n = {k: math.prod(s) for k, s in shapes.items()}
-    raw = {
-        k: Fraction(sum(s) if kernel else sum(s[:2]), math.prod(s) if kernel else math.prod(s[:2]))
-        for k, s in shapes.items()
-    }
-    dense = set()
-    while True:
-        divisor = sum(raw[k] * n[k] for k in shapes if k not in dense)
-        rhs = sum(n[k] * (1 - sparsity) for k in shapes if k not in dense) - sum(n[k] * sparsity for k in dense)
-        if not divisor:
-            return dict.fromkeys(shapes, Fraction(1))
-        epsilon = rhs / divisor
-        worst = max(raw[k] for k in shapes if k not in dense)
-        if worst * epsilon <= 1:
-            return {k: Fraction(1) if k in dense else epsilon * raw[k] for k in shapes}
-        dense |= {k for k in shapes if k not in dense and raw[k] == worst}
+@settings(max_examples=100)
+@given(shapes=some_shapes, digits=st.integers(0, 98), kernel=st.booleans())
+def test_er_and_erk_densities_are_the_papers(shapes, digits, kernel):
+    found = erdos_renyi_densities(shapes, digits / 100, kernel=kernel)
+    expected = erk.densities(shapes, digits / 100, kernel)
+    assert {k: float(d) for k, d in found.items()} == pytest.approx(expected, abs=1e-6)
+    sizes = {k: math.prod(s) for k, s in shapes.items()}
+    total = sum(sizes.values())
+    assert sum(found[k] * n for k, n in sizes.items()) == total * (1 - Fraction(digits, 100))  # without rounding
 
 
 @settings(max_examples=60)
 @given(shapes=some_shapes, digits=st.integers(0, 98), name=st.sampled_from(["er", "erk"]))
-def test_er_and_erk_are_the_papers_up_to_rounding(shapes, digits, name):
+def test_er_and_erk_counts_are_the_densities_rounded(shapes, digits, name):
     total = sum(math.prod(s) for s in shapes.values())
-    sparsity = digits / 100
-    if keep_count(total, sparsity) < len(shapes):
+    if keep_count(total, digits / 100) < len(shapes):
         with pytest.raises(ValueError, match="cannot place"):
-            allocate(name, shapes, sparsity)
+            allocate(name, shapes, digits / 100)
         return
-    keeps = allocate(name, shapes, sparsity)
+    keeps = allocate(name, shapes, digits / 100)
+    assert sum(keeps.values()) == keep_count(total, digits / 100)
     # The budget is an integer; the paper's formula with exactly that budget.
-    exact = 1 - Fraction(keep_count(total, sparsity), total)
-    densities = papers_erk(shapes, exact, kernel=name == "erk")
-    for key, density in densities.items():
-        wished = density * math.prod(shapes[key])
+    exact = 1 - Fraction(keep_count(total, digits / 100), total)
+    wished = {k: d * math.prod(shapes[k]) for k, d in erk.densities(shapes, float(exact), name == "erk").items()}
+    for key in shapes:
         # At least one weight each may take a unit from others.
-        assert abs(keeps[key] - wished) < 1 + len(shapes), key
-        if all(d * math.prod(shapes[k]) >= 1 for k, d in densities.items()):
-            assert abs(keeps[key] - wished) < 1
+        slack = 1 if all(w >= 1 for w in wished.values()) else 1 + len(shapes)
+        assert abs(keeps[key] - wished[key]) < slack + 1e-6, key
+
+
+def resnet50():
+    """Shapes of a ResNet-50."""
+    shapes, width = {"conv1": (64, 3, 7, 7)}, 64
+    for stage, (blocks, mid) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)]):
+        for i in range(blocks):
+            prefix = f"layer{stage + 1}.{i}"
+            shapes |= {f"{prefix}.conv1": (mid, width, 1, 1), f"{prefix}.conv2": (mid, mid, 3, 3)}
+            shapes[f"{prefix}.conv3"] = (4 * mid, mid, 1, 1)
+            if i == 0:
+                shapes[f"{prefix}.downsample"] = (4 * mid, width, 1, 1)
+            width = 4 * mid
+    return {k: torch.Size(s) for k, s in (shapes | {"fc": (1000, width)}).items()}
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9, 0.95, 0.98])
+def test_erk_of_a_large_network_with_layers_forced_dense(sparsity):
+    shapes = resnet50()
+    expected = erk.densities(shapes, sparsity)
+    assert (sum(d == 1 for d in expected.values()) > 0) == (sparsity < 0.95)
+    found = {k: float(d) for k, d in erdos_renyi_densities(shapes, sparsity).items()}
+    assert found == pytest.approx(expected, abs=1e-6)
+    keeps = allocate("erk", shapes, sparsity)
+    assert all(abs(keeps[k] - expected[k] * shapes[k].numel()) < 1.001 for k in shapes)
+
+
+def test_erk_without_a_solution_says_so():
+    shapes = shapes_of([(3, 3), (4, 4), (5, 5)])
+    with pytest.raises(ValueError, match=r"cannot place 2 kept weights: these 3 layers hold between 3 .* and 50"):
+        allocate("erk", shapes, 0.96)
 
 
 def test_erk_of_a_small_network_by_hand():
@@ -128,9 +156,58 @@ def test_trap_09_global_ranking_never_empties_a_layer():
 
 def test_trap_05_global_ranking_of_more_than_two_to_the_24():
     n = (1 << 24) + 3
-    scores = {"a": torch.arange(n, dtype=torch.int32).view(1, -1), "b": torch.zeros(1, 1, dtype=torch.int32)}
+    scores = {"a": torch.zeros(1, n, dtype=torch.uint8), "b": torch.ones(1, 1, dtype=torch.bfloat16)}
+    scores["a"][0, -5:] = 2
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(scores["a"].float(), 0.5)
     keeps = allocate("global", {k: s.shape for k, s in scores.items()}, 0.5, scores)
-    assert sum(keeps.values()) == keep_count(n + 1, 0.5)
+    assert keeps == {"a": keep_count(n + 1, 0.5) - 1, "b": 1}
+    mask = global_masks(scores, 0.5)["a"]
+    assert mask[0, -5:].all()
+    assert mask[0, : keeps["a"] - 5].all()  # the lowest indices of the ties
+    assert int(mask.sum()) == keeps["a"]
+
+
+KINDS = ["normal", "ties", "coarse", "mixed", "wide and narrow"]
+
+
+@pytest.mark.parametrize("sample", [64, 1 << 16])
+@settings(max_examples=30)
+@given(shapes=some_shapes, digits=st.integers(0, 99), seed=st.integers(0, 99), kind=st.sampled_from(KINDS))
+def test_global_ranking_in_chunks_is_the_same(sample, shapes, digits, seed, kind):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        x = torch.randn(shape, generator=generator)
+        if kind == "ties":
+            x = x.sign()
+        elif kind == "coarse":
+            x = x.to(torch.bfloat16)
+        elif kind == "mixed":
+            x = (10 * x).round().to([torch.float32, torch.float64, torch.int32, torch.float16][i % 4])
+        elif kind == "wide and narrow":
+            x = x.double() + 1e-12 if i % 2 else x
+        scores[name] = x
+    total = sum(s.numel() for s in scores.values())
+    if keep_count(total, digits / 100) < len(shapes):
+        return
+    joined = {k: s.double() for k, s in scores.items()}
+    expected = global_masks(joined, digits / 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "_JOINED", 0)
+        patch.setattr(ranking, "_CHUNK", 5)
+        patch.setattr(ranking, "_SAMPLE", sample)
+        masks = global_masks(scores, digits / 100)
+        keeps = allocate("global", shapes, digits / 100, scores)
+    assert all(torch.equal(masks[k], expected[k]) for k in shapes)
+    assert keeps == {k: int(m.sum()) for k, m in expected.items()}
+
+
+def test_a_sample_that_misleads_does_not_change_the_global_ranking(monkeypatch):
+    scores = {"a": torch.arange(50.0).view(5, 10), "b": torch.arange(50.0, 100.0).view(10, 5)}
+    monkeypatch.setattr(ranking, "_JOINED", 0)
+    monkeypatch.setattr(torch, "randint", lambda n, size, generator: torch.zeros(size, dtype=torch.int64))
+    assert allocate("global", {k: s.shape for k, s in scores.items()}, 0.4, scores) == {"a": 10, "b": 50}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -33,6 +33,8 @@ class Stats:
         hessian: ``(2/n) Σ x xᵀ`` over the n tokens, ``[in, in]``; of the unfolded input for a convolution,
             ``[in * kh * kw, in * kh * kw]``; ``[parts, in, in]`` where parts of the rows see different inputs (experts,
             groups). Float32 (float64 for a float64 model).
+        parts: How many parts of equally many rows see inputs of their own (groups of a convolution); a column of one is
+            another input than the same column of the next.
         generator: For scores that draw; None: the global one.
     """
 
@@ -41,6 +43,7 @@ class Stats:
     input_norm: Tensor | None = None
     input_mean: Tensor | None = None
     hessian: Tensor | None = None
+    parts: int = 1
     generator: torch.Generator | None = None
 
 

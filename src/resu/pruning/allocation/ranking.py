@@ -156,7 +156,11 @@ def _tally(scores: Tensor, low: float, high: float, dtype: torch.dtype) -> _Tall
     for chunk in _chunks(scores, dtype):
         upper = chunk > high
         above += int(torch.count_nonzero(upper))
-        inside.append(torch.unique(chunk[(chunk >= low) & ~upper], return_counts=True))
+        if low == high:  # one number that occurs very often
+            equal = torch.count_nonzero(chunk == low).view(1)
+            inside.append((chunk.new_full((1,), low), equal))
+        else:
+            inside.append(torch.unique(chunk[(chunk >= low) & ~upper], return_counts=True))
     values, places = torch.cat([v for v, _ in inside]).unique(return_inverse=True)
     counts = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     counts.index_add_(0, places, torch.cat([c for _, c in inside]))
@@ -218,11 +222,27 @@ def lamp_levels(name: str, scores: Tensor) -> Levels:
             f"distribution 'lamp' squares scores, and those of {name!r} go down to {scores.amin().item():g}; use "
             "'global', or scores that are not negative"
         )
-    distinct, counts = torch.unique_consecutive(scores.reshape(-1).sort().values, return_counts=True)
+    distinct, counts = _distinct(scores.reshape(-1))
     square = distinct.double().square_()
     tail = (square * counts).flip(0).cumsum_(0).flip(0)
     value = square.div_(tail.masked_fill_(tail == 0, 1))
     return value.cpu().numpy(), counts.flip(0).cumsum(0).flip(0).cpu().numpy()
+
+
+def _distinct(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of the numbers (none below 0), ascending, and how often it occurs."""
+    if values.dtype in (torch.float16, torch.bfloat16):  # so few of them that counting is all
+        counts = torch.zeros(1 << 15, dtype=torch.int64, device=values.device)
+        for chunk in values.split(_CHUNK):
+            bits = chunk.add(0.0).view(torch.int16).int()  # 0.0 makes -0.0 positive
+            counts += torch.bincount(bits, minlength=len(counts))
+        there = counts.nonzero().view(-1)
+        return there.to(torch.int16).view(values.dtype), counts[there]
+    if values.device.type == "cpu":  # a sort of values alone is twice as fast as torch's, which has indices too
+        ascending = torch.from_numpy(np.sort(values.numpy()))
+    else:
+        ascending = values.sort().values
+    return torch.unique_consecutive(ascending, return_counts=True)
 
 
 def _cut_levels(layers: list[Levels], keep: int) -> list[int]:

@@ -15,7 +15,7 @@ def lamp(weight: Tensor, stats: Stats) -> Tensor:
     Paper: Lee et al., arXiv 2010.07611, the LAMP score. It is made for ``distribution="global"``, where it takes the
     place of hand-set layer sparsities; ``distribution="lamp"`` does the same to any score. Within one layer it ranks
     as ``magnitude`` does, so without a global ranking it is the same. Cost: a sort, O(n log n), and float64 scores:
-    in float32 the sums run out of digits from about 10⁷ weights on, and the order with them. Fails: where layers of
+    in float32 the sums run out of digits from about 10⁶ weights on, and the order with them. Fails: where layers of
     very different sizes should keep unlike shares for other reasons than their weights'. Differs from the authors'
     code: equal magnitudes get equal scores (the sum takes in all of them), whatever order a sort leaves them in.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resu.core.layers import Layer, select
 from resu.core.randomness import derived_generator
 from resu.pruning.importance.base import Importance, importances
+from resu.pruning.inputs import input_parts
 from resu.pruning.statistics import Stats, collect
 
 __all__ = [
@@ -154,7 +155,7 @@ def score_layer(importance: Importance, layer: Layer, stats: Stats | None = None
     weight, stats = layer.matrix(layer.weight), stats or Stats()
     try:
         if not layer.stacked:
-            return importance(weight, stats)
+            return importance(weight, dataclasses.replace(stats, parts=input_parts(layer)))
         experts = layer.weight.shape[0]
         parts = zip(weight.chunk(experts), _per_expert(stats, experts, len(weight)), strict=True)
         return torch.cat([importance(part, seen) for part, seen in parts])

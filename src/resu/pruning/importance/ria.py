@@ -21,6 +21,8 @@ def ria(weight: Tensor, stats: Stats) -> Tensor:
     size = wide(weight).abs()
     # One row at a time would be a loop; the sums are tiny, so the two products are what is allocated.
     rows = size.sum(dim=tuple(range(1, size.ndim)), keepdim=True)
-    columns = size.sum(dim=0, keepdim=True)
+    groups = size.unflatten(0, (stats.parts, -1))  # the columns of a grouped convolution are other inputs in each group
+    columns = groups.sum(dim=1, keepdim=True)
     share = size / rows.masked_fill_(rows == 0, 1)
-    return share.addcdiv_(size, columns.masked_fill_(columns == 0, 1)).mul_(input_norms(weight, stats).sqrt())
+    share.view(groups.shape).addcdiv_(groups, columns.masked_fill_(columns == 0, 1))
+    return share.mul_(input_norms(weight, stats).sqrt())
