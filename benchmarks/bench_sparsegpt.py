@@ -5,9 +5,9 @@
 
 Square layers, correlated inputs with a mean, half of the weights pruned. Within a round the ways of one width run one
 after the other, and ratios are to Wanda's mask in the same round, for shared machines drift. The Hessian is given, as
-it is for all that use one; what collecting it costs is the row ``hessian``. ``column loop`` is the update as the paper's
-equations have it, U from two Cholesky factorisations and an inverse, each column's error spread over all later columns
-at once. ``error`` is ``‖(W-Ŵ)X‖ / ‖WX‖`` over the calibration inputs.
+it is for all that use one; what collecting it costs is the row ``hessian``. ``column loop`` is the update as the
+paper's equations have it, U from two Cholesky factorisations and an inverse, each column's error spread over all later
+columns at once. ``error`` is ``‖(W-Ŵ)X‖ / ‖WX‖`` over the calibration inputs.
 """
 
 from __future__ import annotations
