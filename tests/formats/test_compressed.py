@@ -10,6 +10,7 @@ with it nevertheless. To run the tests against it:
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from resu.core.mask import SparseMask
+from resu.core.mask_files import write_masks
 from resu.formats.bitmask import pack_compressed, unpack_bitmask
 from resu.formats.compressed import read_compressed, write_compressed
 from resu.formats.compressed_config import (
@@ -32,6 +34,8 @@ from resu.formats.compressed_config import (
     without_sparsity_config,
 )
 from resu.formats.stored import Stored
+from resu.integrations.checkpoint import prune_checkpoint
+from resu.integrations.convert import convert
 from tests.reference import bitmask as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.float8_e4m3fn]
@@ -438,6 +442,19 @@ def test_files_that_compressed_tensors_wrote_load_here(library, tmp_path):
                 assert same_bits(value, raw[key.removesuffix("weight") + part]), (name, key, part)
 
 
+def finite_24():
+    keep = {"fc.weight": random_24(10, 6), "head.weight": random_24(6, 3)}
+    state = {name: torch.where(mask, torch.randn(mask.shape), 0.0).bfloat16() for name, mask in keep.items()}
+    return {**state, "fc.bias": torch.randn(10).bfloat16()}, keep
+
+
+def dense_folder(path, state, keep):
+    path.mkdir()
+    save_file(state, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"model_type": "net"}))
+    write_masks({name: SparseMask(mask) for name, mask in keep.items()}, path / "masks.safetensors")
+
+
 def test_files_written_here_load_in_compressed_tensors(library, tmp_path):
     cases = {}
     for dtype, name in NAMES.items():
@@ -454,6 +471,18 @@ def test_files_written_here_load_in_compressed_tensors(library, tmp_path):
         for key, mask in keep.items():
             cases[f"any-{name}"][key][~mask] = 0
         write_compressed(cases[f"any-{name}"], keep, tmp_path / f"any-{name}")
+    # Written weight by weight: from a dense folder, and while pruning.
+    for to in ("bitmask", "sparse-24"):
+        name = f"converted-{to}"
+        state, keep = finite_24()
+        dense_folder(tmp_path / f".{name}", state, keep)
+        convert(tmp_path / f".{name}", tmp_path / name, to)
+        shutil.rmtree(tmp_path / f".{name}")
+        cases[name] = state
+    dense_folder(tmp_path / ".dense", *finite_24())
+    prune_checkpoint(tmp_path / ".dense", tmp_path / "pruned", 0.7, include="*", layout="bitmask")
+    shutil.rmtree(tmp_path / ".dense")
+    cases["pruned"] = read_compressed(tmp_path / "pruned")[0]
     target = library("read", tmp_path)
     for name, state in cases.items():
         back = load_file(target / name / "model.safetensors")

@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -171,6 +173,27 @@ def test_every_dtype_comes_back(dtype, tmp_path):
     assert found["scalar"].shape == ()
 
 
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
+)
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), seed=st.integers(0, 99))
+@settings(max_examples=15)
+def test_trap03_every_bit_of_masked_weights_comes_back(layout, dtype, shape, seed, tmp_path_factory):
+    path = tmp_path_factory.mktemp("c") / "m.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(shape, generator=generator) < 0.6
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    # Any bits: payloads of NaN, infinities, -0.0; and zeros that are kept.
+    raw = torch.randint(0, 256, (*shape, dtype.itemsize), generator=generator).to(torch.uint8).view(word).view(shape)
+    raw[~keep | (torch.rand(shape, generator=generator) < 0.2)] = 0
+    save_checkpoint({"a.weight": raw.view(dtype)}, path, masks={"a.weight": keep}, layout=layout)
+    found = load_checkpoint(path)
+    assert found.state["a.weight"].dtype == dtype
+    assert torch.equal(found.state["a.weight"].view(word), raw)
+    assert found.masks == {"a.weight": SparseMask(keep)}
+
+
 def test_trap27_a_run_goes_on_from_one_file_bit_for_bit(tmp_path):
     def start():
         torch.manual_seed(0)
@@ -296,6 +319,24 @@ def test_input_truncated_and_missing_files_are_an_error(share, tmp_path):
     path.write_bytes(good[: int(share * len(good))])
     with pytest.raises(ValueError, match=r"cannot read .* as safetensors"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+def test_input_no_truncation_goes_unnoticed(layout, tmp_path):
+    path = tmp_path / "m.safetensors"
+    model, masks = pruned()
+    save_checkpoint(model, path, masks=masks, layout=layout)
+    good = path.read_bytes()
+    for length in {*range(0, len(good), 61), 1, 7, 8, 9, len(good) - 1}:
+        path.write_bytes(good[:length])
+        with pytest.raises(ValueError, match=r"m\.safetensors"):
+            load_checkpoint(path)
+
+
+def test_input_a_pickle_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"cannot read .* as safetensors"):
+        load_checkpoint(tmp_path / "m.safetensors")
 
 
 def test_input_a_damaged_tensor_is_named(tmp_path):

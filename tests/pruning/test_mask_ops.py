@@ -208,6 +208,17 @@ def test_input_truncated_files_are_an_error(format, share, tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_input_no_truncation_goes_unnoticed(format, tmp_path):
+    path = tmp_path / f"m.{format}"
+    save_mask(some_masks(), path, metadata={"k": "v"})
+    good = path.read_bytes()
+    for length in {*range(0, len(good), 73), 1, 7, 8, 9, len(good) - 1}:
+        path.write_bytes(good[:length])
+        with pytest.raises(ValueError, match=rf"m\.{format}"):
+            load_mask(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_input_missing_and_foreign_files_are_an_error(format, tmp_path):
     path = tmp_path / f"m.{format}"
     with pytest.raises(FileNotFoundError, match="there is no file"):
