@@ -14,9 +14,11 @@ from resu.pruning.allocation import Allocation
 from resu.pruning.budget import plan_budget
 from resu.pruning.importance import importances
 from resu.pruning.importance.layers import scores_of
+from resu.pruning.streaming import compute_masks_for_state_dict
 
 __all__ = [
     "MaskGenerator",
+    "compute_masks_for_state_dict",
     "compute_random_mask",
     "compute_structured_mask",
     "compute_unstructured_mask",
