@@ -31,7 +31,7 @@ def _back_home(namespace):
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
-    patterns=["README.md", "docs/*.md"],
+    patterns=["README.md", "docs/*.md", "docs/methods/*.md"],
     path=str(Path(__file__).parent),
     setup=_in_scratch_folder,
     teardown=_back_home,
