@@ -6,6 +6,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from resu.cli._app import build_app
+from tests.integrations.conftest import stories, texts  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session")

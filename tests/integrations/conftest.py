@@ -13,7 +13,7 @@ def stories(data_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def texts(stories, tmp_path_factory):
     """What the model tells itself: sampled stories to calibrate on, others, greedy after eight tokens, to evaluate."""
-    from resu.experiments.llama2c import write_stories
+    from resu.experiments.stories import write_stories
     from resu.integrations.hf import load_model
 
     folder = tmp_path_factory.mktemp("texts")

@@ -7,7 +7,6 @@ result tables prune it as they would any other checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ from resu.experiments.data import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["GREEDY_TEXT", "Llama2c", "read_checkpoint", "read_pieces", "write_hf_directory", "write_stories"]
+__all__ = ["GREEDY_TEXT", "Llama2c", "read_checkpoint", "read_pieces", "write_hf_directory"]
 
 # What the model says by itself, greedily, as llama2.c documents it.
 GREEDY_TEXT = (
@@ -217,6 +216,8 @@ def write_hf_directory(data_folder: str | os.PathLike[str], out: str | os.PathLi
     """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from resu.integrations.hf import quiet
+
     source, target = Path(data_folder), Path(out)
     for name in ("stories260K.bin", "tok512.bin"):
         if not (source / name).is_file():
@@ -231,7 +232,8 @@ def write_hf_directory(data_folder: str | os.PathLike[str], out: str | os.PathLi
     model.load_state_dict(state)
     model.tie_weights()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
-    model.save_pretrained(target)
+    with quiet():
+        model.save_pretrained(target)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=make_tokenizer(pieces, scores),
         bos_token="<s>",
@@ -244,43 +246,3 @@ def write_hf_directory(data_folder: str | os.PathLike[str], out: str | os.PathLi
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", target / "LICENSE")
     return target
-
-
-def write_stories(
-    model: Any,
-    tokenizer: Any,
-    file: str | os.PathLike[str],
-    *,
-    count: int = 64,
-    tokens: int = 256,
-    sampled: int | None = None,
-    seed: int = 0,
-) -> Path:
-    """Stories that the model tells itself, one ``{"text": …}`` per line: there is no other text it was trained on here.
-
-    Args:
-        model: The language model of :func:`write_hf_directory`, loaded.
-        tokenizer: Its tokenizer.
-        file: The jsonl to write.
-        count: How many stories.
-        tokens: Longest story; a story may end earlier.
-        sampled: How many tokens at the beginning are drawn by their probability; the rest is greedy. None: all.
-        seed: Of what is drawn.
-
-    Returns:
-        ``file``.
-    """
-    start = torch.full((count, 1), tokenizer.bos_token_id)
-    ends = {"eos_token_id": [tokenizer.bos_token_id, tokenizer.eos_token_id], "pad_token_id": tokenizer.eos_token_id}
-    sampled = tokens if sampled is None else sampled
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(seed)
-        mask = torch.ones_like(start)
-        ids = model.generate(start, attention_mask=mask, max_new_tokens=sampled, do_sample=True, top_k=0, **ends)
-        if sampled < tokens:
-            mask = torch.ones_like(ids)
-            ids = model.generate(ids, attention_mask=mask, max_new_tokens=tokens - sampled, do_sample=False, **ends)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-    Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return Path(file)

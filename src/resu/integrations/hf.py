@@ -24,7 +24,7 @@ from resu.core.shards import INDEX, Shards
 from resu.formats.compressed import write_compressed
 from resu.integrations.folders import copy_companions, new_folder
 
-__all__ = ["LAYOUTS", "check_directory", "load_model", "load_tokenizer", "save_pruned"]
+__all__ = ["LAYOUTS", "check_directory", "load_model", "load_tokenizer", "quiet", "save_pruned"]
 
 LAYOUTS = ("dense", "bitmask")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +60,7 @@ def check_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and load reports of transformers: what matters of them is checked here and raised."""
     from transformers.utils import logging
 
@@ -130,7 +130,7 @@ def load_model(
     config = check_directory(folder)
     shards = Shards.open(folder)
     wanted = dtype if dtype is not None else _widest(shards)
-    with _quiet():
+    with quiet():
         # Weights of another shape are reported in `info`, and refused below with their names.
         model, info = _model_class(config, folder).from_pretrained(
             folder,
@@ -165,7 +165,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a tokenizer's parser raises: to the user it is one thing
         raise ValueError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())}") from error
@@ -233,6 +233,8 @@ def save_pruned(
         masks = {
             name: mask if isinstance(mask, SparseMask) else SparseMask(mask) for name, mask in result.masks.items()
         }
+        if layout == "bitmask":
+            report["bytes"] = _to_bitmask(after, masks)
         summary = {key: report.get(key) for key in ("method", "pattern", "distribution", "sparsity", "actual")}
         write_masks(masks, temporary / "masks.safetensors", summary)
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
@@ -250,12 +252,14 @@ def _write_model(model: Any, folder: Path, max_shard_size: str) -> None:
     try:
         if settings is not None:
             model.generation_config = GenerationConfig()
-        with _quiet():
+        with quiet():
             model.save_pretrained(folder, max_shard_size=max_shard_size)
     finally:
         if settings is not None:
             model.generation_config = settings
     (folder / "generation_config.json").unlink(missing_ok=True)
+    for file in folder.glob("*.safetensors"):  # which safetensors lets only the owner read
+        file.chmod((folder / "config.json").stat().st_mode & 0o777)
 
 
 def _not_carried(model: Any, before: Shards, after: Shards) -> list[str]:

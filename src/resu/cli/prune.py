@@ -1,0 +1,311 @@
+"""``resu prune``: a checkpoint in, a pruned one out that loads as the first did."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from resu.cli._common import (
+    CliError,
+    Force,
+    Json,
+    format_bytes,
+    format_count,
+    parse_sparsity,
+    print_json,
+    progress,
+    require,
+    stdout,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
+
+EXAMPLE = (
+    "Example: resu prune ./llama --method wanda --sparsity 0.5 --calibration c4.jsonl --evaluate wikitext.txt "
+    "--out ./llama-wanda-50"
+)
+DTYPES = ("float32", "bfloat16", "float16")
+_MANY_LAYERS = 64
+
+
+def command(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A Hugging Face directory; without data any folder of safetensors, or one file."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Without data: magnitude, random, lamp. With --calibration: wanda, ria, sparsegpt, gradient, taylor, "
+            "fisher, snip."
+        ),
+    ] = "magnitude",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FLOAT", help="Fraction of the weights removed, in [0, 1); or GLOB=FLOAT,GLOB=FLOAT by layer."
+        ),
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="2:4 (N kept of M), row, tensor, block:16x1, channel:0.")] = None,
+    distribution: Annotated[
+        str | None,
+        typer.Option(help="uniform, er, erk, global, lamp, owl; left out: every layer alike."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help='Text to calibrate on: .txt, or .jsonl with one {"text": …} per line.')
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per sample; left out: the model's context, at most 2048.")
+    ] = None,
+    refine: Annotated[str | None, typer.Option(help="dsnot: swap weights in the mask afterwards.")] = None,
+    update: Annotated[str | None, typer.Option(help="sparsegpt: adjust the weights that are kept.")] = None,
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="What to prune; may be repeated.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="What to leave dense; may be repeated.")
+    ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(help="Text: perplexity before and after (of an encoder: cosine of its sentence embeddings)."),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="dense: zeros in place. bitmask: kept values and one bit per weight.")
+    ] = "dense",
+    workers: Annotated[int, typer.Option(min=1, help="Threads, for methods without data.")] = 1,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted run (with data: if that one had --resume too)."),
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"Of the result, for methods with data: {', '.join(DTYPES)}.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to prune and evaluate, such as cuda.")] = None,
+    seed: Annotated[int, typer.Option(help="Of calibration samples and random scores.")] = 0,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Prune a model directory into a new one that from_pretrained loads.
+
+    Embeddings, norms and the output head stay dense unless --include names them. Beside the model there are
+    masks.safetensors and pruning.json; configuration, tokenizer and other files are copied. The folder appears when
+    it is whole.
+    """
+    level = None if sparsity is None else parse_sparsities(sparsity)
+    if not model.exists():
+        raise CliError(f"there is no file or folder {model}")
+    if calibration is not None or evaluate is not None:
+        require("transformers", "hf")
+    from resu.integrations.hf_prune import prune_directory
+
+    with progress() as bar, _as_options():
+        report = prune_directory(
+            model,
+            out,
+            level,
+            method,
+            pattern=pattern,
+            distribution=distribution,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            refine=refine,
+            update=update,
+            include=include or None,
+            exclude=exclude or None,
+            evaluate=evaluate,
+            layout=layout,
+            workers=workers,
+            resume=resume,
+            overwrite=force,
+            dtype=parse_dtype(dtype),
+            device=parse_device(device),
+            seed=seed,
+            progress=_shown_by(bar),
+        )
+    if as_json:
+        print_json({**report, "out": str(out)})
+    else:
+        _tell(report, out)
+
+
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Advice in errors with the names of options in place of those of arguments."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise CliError(str(error).replace("overwrite=True", "--force").replace("resume=True", "--resume")) from None
+
+
+def _shown_by(bar: Progress) -> Callable[[int, int, str], None]:
+    """A callback that draws a line per kind of work: "counting", "writing", "evaluating", …"""
+    tasks: dict[str, Any] = {}
+
+    def show(done: int, total: int, what: str) -> None:
+        kind = what.partition(" ")[0]
+        if kind not in tasks:
+            tasks[kind] = bar.add_task(what, total=total)
+        bar.update(tasks[kind], description=what, completed=done, total=total)
+
+    return show
+
+
+# -- options -------------------------------------------------------------------------------------------
+
+
+def parse_sparsities(text: str) -> float | dict[str, float]:
+    """A sparsity, or one per glob.
+
+    Example:
+        >>> parse_sparsities("0.5"), parse_sparsities("*.mlp.*=0.7,*=0.5")
+        (0.5, {'*.mlp.*': 0.7, '*': 0.5})
+    """
+    if "=" not in text:
+        return parse_sparsity(text)
+    found: dict[str, float] = {}
+    for item in text.split(","):
+        glob, equals, value = item.strip().rpartition("=")
+        if not equals or not glob or glob in found:
+            raise CliError(f"--sparsity items are GLOB=FLOAT, each glob once; got {item.strip()!r}")
+        found[glob] = parse_sparsity(value, f"--sparsity of {glob}")
+    return found
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """A float dtype by its name in torch."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise CliError(f"unknown --dtype {name!r}; known: {', '.join(DTYPES)}")
+    import torch
+
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def parse_device(name: str | None) -> torch.device | None:
+    """A device that is there.
+
+    Raises:
+        CliError: If torch does not know it, or it is not in this machine.
+    """
+    if name is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:  # each backend has its own kind
+        raise CliError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+# -- output --------------------------------------------------------------------------------------------
+
+
+def collapse(name: str) -> str:
+    """A parameter's name with the numbers of blocks and experts left open.
+
+    Example:
+        >>> collapse("model.layers.31.mlp.experts.7.up_proj.weight")
+        'model.layers.*.mlp.experts.*.up_proj.weight'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in name.split(".")]
+
+
+def grouped(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of like layers as one each, with the lowest and highest sparsity among them."""
+    groups: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
+    for layer in layers:
+        groups.setdefault((collapse(layer["name"]), tuple(layer["shape"])), []).append(layer)
+    return [
+        {
+            "name": f"{name} ({len(group)})",
+            "shape": shape,
+            "kept": sum(layer["kept"] for layer in group),
+            "numel": sum(layer["numel"] for layer in group),
+            "low": min(layer["sparsity"] for layer in group),
+            "high": max(layer["sparsity"] for layer in group),
+        }
+        for (name, shape), group in groups.items()
+    ]
+
+
+def _percent(low: float, high: float) -> str:
+    a, b = f"{100 * low:.2f}", f"{100 * high:.2f}"
+    return f"{a} %" if a == b else f"{a} – {b} %"
+
+
+def left_out(skipped: Mapping[str, str]) -> list[str]:
+    """What stays dense and why, like weights together.
+
+    Example:
+        >>> left_out({"h.0.wpe.weight": "embedding", "h.1.wpe.weight": "embedding", "lm_head.weight": "output head"})
+        ['h.*.wpe.weight (2): embedding', 'lm_head.weight: output head']
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in skipped.items():
+        groups.setdefault((collapse(name), reason), []).append(name)
+    return [
+        f"{names[0] if len(names) == 1 else f'{pattern} ({len(names)})'}: {reason}"
+        for (pattern, reason), names in groups.items()
+    ]
+
+
+def _tell(report: Mapping[str, Any], out: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    layers: list[dict[str, Any]] = sorted(report["layers"], key=lambda layer: _natural(layer["name"]))
+    rows = grouped(layers) if len(layers) > _MANY_LAYERS else layers
+    kept, numel = sum(layer["kept"] for layer in layers), sum(layer["numel"] for layer in layers)
+    table = Table(show_footer=True)
+    table.add_column("weight", f"{len(layers)} pruned", overflow="fold")
+    table.add_column("shape", justify="right")
+    table.add_column("kept", format_count(kept), justify="right")
+    table.add_column("of", format_count(numel), justify="right")
+    table.add_column("sparsity", f"{100 * report['actual']:.2f} %", justify="right")
+    for row in rows:
+        table.add_row(
+            escape(row["name"]),
+            "×".join(map(str, row["shape"])),
+            format_count(row["kept"]),
+            format_count(row["numel"]),
+            _percent(row["low"], row["high"]) if "low" in row else _percent(row["sparsity"], row["sparsity"]),
+        )
+    console = stdout()
+    console.print(table)
+    for line in left_out(report["skipped"]):
+        console.print(f"left dense: {line}", markup=False, soft_wrap=True)
+    for line in report["warnings"]:
+        console.print(f"note: {line}", markup=False, soft_wrap=True)
+    if found := report.get("evaluation"):
+        label = {"perplexity": "perplexity", "cosine": "cosine similarity of embeddings"}[found["metric"]]
+        console.print(
+            f"{label} on {found['file']}: {found['before']:.4g} before, {found['after']:.4g} after",
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"{out}: {format_bytes(report['bytes'])} of weights, {100 * report['total']:.2f} % of all parameters removed, "
+        f"{report['seconds']:.1f} s",
+        markup=False,
+        soft_wrap=True,
+    )
