@@ -175,6 +175,10 @@ def test_impossible_ramps(options, said):
 
 
 def test_mistakes_in_the_loop_are_found():
+    with pytest.raises(TypeError, match=r"expected a pruner, .* got 0\.9"):
+        GradualPruner(0.9)
+    with pytest.raises(TypeError, match="must be an integer, got '3'"):
+        GradualPruner(MagnitudePruner(0.5)).step(nn.Linear(4, 4), "3")
     model = nn.Linear(10, 10)
     gradual = GradualPruner(final_sparsity=0.5, end_step=10, frequency=1)
     with pytest.raises(ValueError, match="which model"):

@@ -213,6 +213,11 @@ def test_nan_weights_are_refused_and_nothing_changes():
     assert torch.equal(model[0].weight, before["0.weight"])
 
 
+def test_only_modules_are_pruned():
+    with pytest.raises(TypeError, match=r"prunes a torch\.nn\.Module, got Tensor"):
+        MagnitudePruner(0.5).prune(torch.ones(3, 3))
+
+
 def test_a_glob_that_matches_nothing_is_an_error():
     with pytest.raises(ValueError, match="fc9"):
         MagnitudePruner(0.5, include="fc9").prune(_model())

@@ -250,6 +250,15 @@ def test_it_is_a_distribution_everywhere():
         allocate(scan.allocation, {"0.weight": torch.Size([2, 2])}, 0.7)
 
 
+def test_mistakes_are_found_before_the_work(tmp_path):
+    with pytest.raises(TypeError, match="must return one number, got NoneType"):
+        sensitivity_scan(_model(), lambda m: None)
+    with pytest.raises(TypeError, match="must return one number, got Tensor"):
+        sensitivity_scan(_model(), lambda m: torch.ones(2))
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        sensitivity_scan(_model(), lambda m: pytest.fail("too late"), cache=tmp_path / "none" / "a.json")
+
+
 def test_progress_table_and_plot(tmp_path):
     said = []
     scan = sensitivity_scan(_model(), _evaluate, LEVELS, progress=lambda *a: said.append(a))

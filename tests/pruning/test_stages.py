@@ -325,6 +325,7 @@ def test_progress_and_tables():
         (([0.5], None), {"max_drop": -1, "eval_fn": lambda m: 0}, ValueError, "a number >= 0"),
         (([0.5], None), {"resume": False}, ValueError, "checkpoint_dir"),
         (([0.5], 3), {}, TypeError, "must be a function"),
+        (([0.5], None), {"pruner": "magnitude"}, TypeError, "expected a pruner"),
         (([0.5], lambda a, b, c: None), {}, TypeError, "needs 3 arguments"),
     ],
 )

@@ -15,7 +15,7 @@ from resu.core.schedule import Cubic, Every
 from resu.pruning.compression import CompressionStats
 from resu.pruning.holding import HeldMasks
 from resu.pruning.magnitude_pruner import MagnitudePruner
-from resu.pruning.pruner import Pruner, pruners, record
+from resu.pruning.pruner import Pruner, check_pruner, pruners, record
 
 __all__ = ["GradualPruner"]
 
@@ -73,6 +73,7 @@ class GradualPruner:
         model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
+        check_pruner(pruner)
         if final_sparsity is None:
             if pruner is None:
                 raise ValueError("give a final_sparsity, or a pruner that has one")
@@ -150,6 +151,8 @@ class GradualPruner:
         """
         model = self._known(model)
         now = (0 if self._step is None else self._step + 1) if step is None else step
+        if isinstance(now, bool) or not isinstance(now, int):
+            raise TypeError(f"step must be an integer, got {now!r}")
         if self._step is not None and now < self._step:
             raise ValueError(
                 f"step {now} comes after step {self._step}: steps count over the whole training, not per epoch"

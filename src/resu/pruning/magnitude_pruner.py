@@ -35,7 +35,8 @@ class MagnitudePruner:
         exclude: Globs of what to leave out.
         distribution: How the budget is divided over layers, where neither scope is meant: ``"erk"``, ``"lamp"``, a
             function, … as in :func:`resu.pruning.allocation.allocate`.
-        calibration: Batches, for scores that look at inputs or gradients.
+        calibration: Batches, for scores that look at inputs or gradients; statistics are of the whole unpruned model
+            (:func:`resu.pruning.one_shot.prune_model` goes layer by layer, as large models need it).
         loss_fn: ``loss_fn(model, batch) -> loss``, for scores that look at gradients.
         seed: Of random scores.
 
@@ -117,6 +118,8 @@ class MagnitudePruner:
         Returns:
             ``{parameter name: bool mask}``, True = kept, of the parameters' shapes.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"a pruner prunes a torch.nn.Module, got {type(model).__name__}")
         wanted = self.sparsity if sparsity is None else check_sparsity(sparsity)
         layers, self.skipped = pruning_targets(model, self.include, self.exclude)
         scores = compute_layer_importance(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from resu.core.mask import SparseMask
 from resu.core.registry import Registry
 
-__all__ = ["Pruner", "pruners", "record"]
+__all__ = ["Pruner", "check_pruner", "pruners", "record"]
 
 
 class Pruner(Protocol):
@@ -30,6 +30,15 @@ class Pruner(Protocol):
 
 
 pruners: Registry[Callable[..., Any]] = Registry("pruner")
+
+
+def check_pruner(pruner: object) -> None:
+    """Raise ``TypeError`` unless this is a pruner, or None."""
+    if pruner is not None and not callable(getattr(pruner, "compute_masks", None)):
+        raise TypeError(
+            "expected a pruner, for example MagnitudePruner(0.5) or create_pruner('magnitude', sparsity=0.5); "
+            f"got {pruner!r}"
+        )
 
 
 def record(

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ def sensitivity_scan(
         "seed": seed,
         "layers": {name: list(layer.weight.shape) for name, layer in layers.items()},
     }
+    if cache is not None and not Path(cache).absolute().parent.is_dir():  # before hours of work
+        raise FileNotFoundError(f"the folder {Path(cache).absolute().parent} does not exist; make it first")
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -123,7 +126,11 @@ def sensitivity_scan(
 
 def _loss(evaluate: Callable[[nn.Module], float | Tensor], model: nn.Module) -> float:
     with torch.no_grad():
-        return float(evaluate(model))
+        loss: Any = evaluate(model)
+    try:
+        return float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"evaluate(model) must return one number, got {type(loss).__name__}") from None
 
 
 def _scan_layer(

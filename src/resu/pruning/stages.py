@@ -19,7 +19,7 @@ from resu.core.mask import SparseMask
 from resu.pruning.compression import CompressionStats
 from resu.pruning.holding import HeldMasks
 from resu.pruning.magnitude_pruner import MagnitudePruner
-from resu.pruning.pruner import Pruner, record
+from resu.pruning.pruner import Pruner, check_pruner, record
 from resu.pruning.snapshots import take_snapshot
 from resu.pruning.stage_files import RunFolder
 from resu.pruning.stage_plan import StagePlan, plan_stages, reached_by
@@ -93,6 +93,7 @@ def prune_iteratively(
         ([134, 90, 60], 140)
     """
     plan = _planned(stages, target)
+    check_pruner(pruner)
     if max_drop is not None and eval_fn is None:
         raise ValueError("max_drop compares what eval_fn says; pass eval_fn")
     if max_drop is not None and not max_drop >= 0:
