@@ -127,7 +127,7 @@ def test_a_lucky_sample_costs_one_reading_and_an_unlucky_one_a_few():
 def test_input_nan_and_inf_are_refused_by_name(dtype, bad):
     x = torch.ones(50, dtype=dtype)
     x[49] = bad
-    with pytest.raises(ValueError, match="'b.weight' holds NaN or infinite"):
+    with pytest.raises(ValueError, match=r"'b\.weight' holds NaN or infinite"):
         find_cuts(InMemory({"a.weight": torch.ones(50), "b.weight": x}), ["a.weight", "b.weight"], 20)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from resu.core.io import replacing
 from resu.core.mask_stream import join_masks
+from resu.core.pattern import NM
 from resu.core.shards import INDEX, Shards
 from resu.formats.compressed_config import sparsity_config, with_sparsity_config
 from resu.formats.shards import is_packed
@@ -43,7 +44,7 @@ def _report(shards: Shards, plan: MaskPlan, work: Work, settings: Mapping[str, A
         "method": stated["method"],
         "pattern": str(plan.pattern),
         "distribution": stated["distribution"],
-        "sparsity": stated["sparsity"],
+        "sparsity": plan.pattern.sparsity if isinstance(plan.pattern, NM) else stated["sparsity"],
         "refine": None,
         "update": None,
         "layout": layout,

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resu.core.counting import check_finite, check_sparsity, keep_count
+from resu.core.counting import check_finite, keep_count
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
 from resu.core.ranks import Ranks
 from resu.core.score_keys import has_keys
-from resu.pruning.allocation import Allocation, allocate, allocations, match_sparsities, needs_scores
+from resu.pruning.allocation import Allocation, allocations, needs_scores
+from resu.pruning.budget import Budget, plan_budget
 from resu.pruning.cut_search import find_cuts
 from resu.pruning.cuts import Cut, Reading, spread
 from resu.pruning.importance import importances
@@ -178,68 +179,40 @@ def plan_masks(
             f"{', '.join(name for name in importances if not importances[name].needs)}"
         )
     chosen = Unstructured(importance.scope) if pattern is None else get_pattern(pattern)
-    if sparsity is None:
-        if not isinstance(chosen, NM):
-            raise TypeError("sparsity must be a number in [0, 1) or {glob: sparsity}; only N:M patterns have their own")
-        sparsity = chosen.sparsity
     names, skipped = _chosen(weights, shapes, include, exclude)
-    if isinstance(sparsity, Mapping):
-        if distribution is not None:
-            raise ValueError("give either one sparsity with a distribution or a sparsity per layer")
-        each = match_sparsities(sparsity, names)
-        skipped |= {name: "matched by no glob of sparsity" for name in names if name not in each}
-        names = list(each)
-    else:
-        each = dict.fromkeys(names, check_sparsity(sparsity))
-    for name in names:
-        if shapes[name].numel() == 0:
-            raise ValueError(f"layer {name!r} has no weights (shape {tuple(shapes[name])}); exclude it")
-    scores = WeightScores(weights, names, importance, seed, transposed & set(names))
-    plan = MaskPlan(scores, chosen, dict.fromkeys(names, 0), {}, skipped)
-    _check_distribution(distribution, chosen)
-    matrices = {name: scores.matrix_shape(name) for name in names}
-    if distribution is None:
-        plan = dataclasses.replace(plan, keeps={n: chosen.keep_for(matrices[n], s) for n, s in each.items()})
-    if not decide:
-        return plan
-    how = how or Reading()
-    single = chosen == Unstructured("tensor")
-    if distribution == "global":
-        assert not isinstance(sparsity, Mapping)
-        cuts = find_cuts(scores, names, _budget(scores.sizes, sparsity), how)
-        keeps = {name: cut.kept for name, cut in cuts.items()}
-        return dataclasses.replace(plan, keeps=keeps, cuts=cuts if single and scores.local else {})
-    if distribution == "lamp":
-        assert not isinstance(sparsity, Mapping)
-        cuts = find_cuts(LampScores(scores), names, _budget(scores.sizes, sparsity), how)
-        plan = dataclasses.replace(plan, keeps={name: cut.kept for name, cut in cuts.items()})
-    elif distribution is not None:
-        assert not isinstance(sparsity, Mapping)
-        plan = dataclasses.replace(plan, keeps=allocate(distribution, matrices, sparsity))
-    if single and scores.local:
-        plan = dataclasses.replace(plan, cuts=_cut_each(scores, plan.keeps, how))
-    return plan
-
-
-def _check_distribution(distribution: str | Allocation | None, pattern: Pattern) -> None:
-    if distribution is None:
-        return
-    if isinstance(pattern, NM):
-        raise ValueError(
-            f"{pattern.n}:{pattern.m} leaves every layer at sparsity {pattern.sparsity:g}, so there is nothing to "
-            f"distribute; leave distribution={distribution!r} out"
-        )
-    if needs_scores(distribution) and distribution not in RANKED:
+    budget = plan_budget(names, sparsity, chosen, distribution)
+    if budget.needs_scores and distribution not in RANKED:
         known = [name for name in allocations if name in RANKED or not needs_scores(name)]
         raise ValueError(
             f"distribution {distribution!r} looks at the scores of all layers at once, and those of a checkpoint are "
             f"never in memory together; use one of {', '.join(known)}, or prune_model on a loaded model"
         )
+    skipped |= {name: "matched by no glob of sparsity" for name in names if name not in budget.sparsities}
+    names = [name for name in names if name in budget.sparsities]
+    scores = WeightScores(weights, names, importance, seed, transposed & set(names))
+    plan = MaskPlan(scores, chosen, dict.fromkeys(names, 0), {}, skipped)
+    return _decided(plan, budget, how or Reading()) if decide else plan
 
 
-def _budget(sizes: Mapping[str, int], sparsity: float) -> int:
-    total = sum(sizes.values())
-    keep = keep_count(total, sparsity)
+def _decided(plan: MaskPlan, budget: Budget, how: Reading) -> MaskPlan:
+    """The plan with its counts and cuts; weights are read where they take that."""
+    scores = plan.scores
+    in_chunks = plan.pattern == Unstructured("tensor") and scores.local
+    shapes = {name: scores.matrix_shape(name) for name in plan.names}
+    if not budget.needs_scores:
+        keeps = budget.keeps(shapes)
+    else:
+        assert budget.sparsity is not None
+        ranked = scores if budget.distribution == "global" else LampScores(scores)
+        cuts = find_cuts(ranked, plan.names, _total(scores.sizes, budget.sparsity), how)
+        keeps = {name: plan.pattern.reachable(shapes[name], cut.kept) for name, cut in cuts.items()}
+        if in_chunks and ranked is scores:
+            return dataclasses.replace(plan, keeps=keeps, cuts=cuts)
+    return dataclasses.replace(plan, keeps=keeps, cuts=_cut_each(scores, keeps, how) if in_chunks else {})
+
+
+def _total(sizes: Mapping[str, int], sparsity: float) -> int:
+    keep = keep_count(sum(sizes.values()), sparsity)
     if keep < len(sizes):
         raise ValueError(
             f"sparsity {sparsity!r} keeps {keep} weights, fewer than the {len(sizes)} layers that keep one each"

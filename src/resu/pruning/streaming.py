@@ -90,7 +90,7 @@ class MaskFile(Mapping[str, Tensor]):
         return unpack_bits(self._shards.read(name), self._entries[name]["shape"])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._shards.names)  # as they lie in the file; the header is sorted
 
     def __len__(self) -> int:
         return len(self._entries)
