@@ -80,6 +80,20 @@ def test_weights_and_masks_are_the_papers(rows, columns, block, kind, share, dty
     assert solved.damping == 0.01
 
 
+@settings(max_examples=40)
+@given(st.data())
+def test_any_small_layer_is_pruned_as_in_the_paper(data):
+    rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 20))
+    block, m = data.draw(st.integers(1, 24)), data.draw(st.integers(2, 6))
+    kind = data.draw(st.sampled_from(["tensor", "row", (m - 1, m), (1, m)]))
+    if isinstance(kind, tuple):
+        block = max(m, block // m * m)  # groups do not cross blocks
+    w, h = layer(rows, columns, seed=data.draw(st.integers(0, 2**31)))
+    pattern, keep, how = given_as(kind, rows, columns, data.draw(st.floats(0, 1)))
+    solved = sparsegpt(w, h, pattern=pattern, keep=keep, block=block)
+    assert_same(solved, reference.sweep(w.numpy(), h.numpy(), block=block, **how), 1e-8)
+
+
 @pytest.mark.parametrize("columns", [8, 37, 140])
 def test_a_given_mask_is_reconstructed_as_in_the_paper(columns):
     w, h = layer(6, columns, seed=1)

@@ -49,7 +49,11 @@ class Factor:
 
 
 def factorise(
-    hessian: Tensor, *, damping: float = DAMPING, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    hessian: Tensor,
+    *,
+    damping: float = DAMPING,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Factor:
     """The damped Hessian as a triangular factor.
 
@@ -61,7 +65,7 @@ def factorise(
     Args:
         hessian: ``[in, in]``, or ``[stacks, in, in]`` for several layers of equal width. It is not changed.
         damping: Fraction of the mean diagonal, 0 or more.
-        dtype: To compute in, float32 or float64.
+        dtype: To compute in, float32 or float64; None: as wide as the Hessian, float32 at least.
         device: Where to compute; None: where the Hessian is.
 
     Raises:
@@ -83,7 +87,7 @@ def factorise(
         raise ValueError(f"damping must be a number of 0 or more, a fraction of the mean diagonal; got {damping!r}")
     stack = hessian.detach().reshape(-1, *hessian.shape[-2:])
     check_finite(stack, "the Hessian")
-    device = device or hessian.device
+    device, dtype = device or hessian.device, dtype or compute_dtype(hessian, hessian)
     upper = torch.empty(stack.shape, dtype=dtype, device=device)
     dead = torch.empty(stack.shape[:2], dtype=torch.bool, device=device)
     used = [
