@@ -7,8 +7,11 @@ VOCAB, TOKENS = 48, 9
 SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
 
 
-def _random(model, seed=0):
-    """Weights large enough that layers, routers and attention do something."""
+def _random(kind, config, seed=0):
+    """Weights large enough that layers, routers and attention do something; the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -21,7 +24,7 @@ def _random(model, seed=0):
 def llama(layers=2, **options):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(**SIZES, num_hidden_layers=layers, num_key_value_heads=2, **options)
-    return _random(transformers.LlamaForCausalLM(config))
+    return _random(transformers.LlamaForCausalLM, config)
 
 
 def gpt2(layers=2):
@@ -29,7 +32,7 @@ def gpt2(layers=2):
     config = transformers.GPT2Config(
         vocab_size=VOCAB, n_embd=16, n_layer=layers, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
     )
-    return _random(transformers.GPT2LMHeadModel(config))
+    return _random(transformers.GPT2LMHeadModel, config)
 
 
 def mixtral(layers=2, experts=4, **options):
@@ -42,7 +45,7 @@ def mixtral(layers=2, experts=4, **options):
         num_experts_per_tok=2,
         **options,
     )
-    return _random(transformers.MixtralForCausalLM(config))
+    return _random(transformers.MixtralForCausalLM, config)
 
 
 def gpt_oss(layers=2):
@@ -57,13 +60,13 @@ def gpt_oss(layers=2):
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention"] * (layers // 2),
     )
-    return _random(transformers.GptOssForCausalLM(config))
+    return _random(transformers.GptOssForCausalLM, config)
 
 
 def t5():
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
-    return _random(transformers.T5ForConditionalGeneration(config))
+    return _random(transformers.T5ForConditionalGeneration, config)
 
 
 def token_batches(count=3, rows=4, seed=0):

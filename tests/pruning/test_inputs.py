@@ -88,7 +88,9 @@ def test_convolutions_see_the_unfolded_input(conv):
             torch.testing.assert_close(got.flatten(1).double(), want.expand(len(got), -1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("conv", "shape"), [(nn.Conv1d(2, 3, 3, padding=1), (4, 2, 7)), (nn.Conv3d(2, 3, 2), (2, 2, 4, 5, 3))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("conv", "shape"), [(nn.Conv1d(2, 3, 3, padding=1), (4, 2, 7)), (nn.Conv3d(2, 3, 2), (2, 2, 4, 5, 3))]
+)
 def test_hessians_of_other_convolutions_give_the_energy_of_the_output(conv, shape):
     conv.bias = None
     x = torch.randn(shape)
@@ -192,7 +194,8 @@ class Experts(nn.Module):
         raise AssertionError(self.how)
 
 
-HOWS = ["linear", "halves", "interleaved", "vectors", "left", "bmm", "baddbmm", "einsum", "unbind", "grouped", "matmul transposed", "bmm transposed"]  # fmt: skip
+HOWS = ["linear", "halves", "interleaved", "vectors", "left", "bmm", "baddbmm", "einsum", "unbind", "grouped"]
+HOWS += ["matmul transposed", "bmm transposed"]
 
 
 @pytest.mark.parametrize("how", HOWS)

@@ -20,7 +20,7 @@ def wanda_by_hand(model, batches, units, sparsity=0.5, run=lambda m, b: m(**b)):
         handles = []
         for name in names:
             module = model.get_submodule(name.removesuffix(".weight"))
-            handles.append(module.register_forward_pre_hook(lambda m, a, n=name: inputs[n].append(a[0].detach())))
+            handles.append(module.register_forward_pre_hook(lambda m, a, seen=inputs[name]: seen.append(a[0].detach())))
         with torch.no_grad():
             for batch in batches:
                 run(model, batch)

@@ -13,10 +13,9 @@ from resu.core.counting import check_finite
 from resu.core.layers import Layer
 from resu.core.pattern import NM, Pattern, Unstructured
 from resu.core.randomness import derived_generator
-from resu.pruning.choices import channels_last
+from resu.pruning.dsnot import dsnot
 from resu.pruning.importance import importances
 from resu.pruning.importance.layers import score_layer
-from resu.pruning.inputs import input_parts
 from resu.pruning.sparsegpt import reconstruct, sparsegpt
 from resu.pruning.statistics import Stats
 
@@ -124,7 +123,11 @@ def decide(recipe: Recipe, layer: Layer, stats: Stats, keep: int, given: Tensor 
             mask = recipe.pattern.select(layer_scores(recipe, layer, stats), keep).to(weight.device)
             new = None
         if recipe.refine:
-            mask, new = _refined(recipe, layer, weight, mask, stats), None
+            assert stats.input_norm is not None
+            assert stats.input_mean is not None
+            mean, norm = stats.input_mean, stats.input_norm
+            mask = dsnot(weight, mask, input_mean=mean, input_norm=norm, pattern=recipe.pattern)
+            new = None
         if new is None and (recipe.update or recipe.solved):
             assert stats.hessian is not None
             solved = reconstruct(weight, stats.hessian, mask)
@@ -141,38 +144,6 @@ def apply_decision(layer: Layer, decision: Decision) -> Tensor:
     """Write the new weights in place, so that ties stay tied; the mask in the weight's own shape."""
     layer.weight.copy_(layer.unmatrix(decision.weight))
     return layer.unmatrix(decision.mask)
-
-
-def _refined(recipe: Recipe, layer: Layer, weight: Tensor, mask: Tensor, stats: Stats) -> Tensor:
-    """DSNoT part by part, each on its own inputs; convolutions as ``[out, in * kernel]``."""
-    from resu.pruning.dsnot import dsnot
-
-    norm, mean = stats.input_norm, stats.input_mean
-    assert norm is not None
-    assert mean is not None
-    parts = input_parts(layer)
-    order = channels_last(weight) if isinstance(recipe.pattern, NM) else None
-    flat, kept = weight.flatten(1), mask.flatten(1)
-    norms, means = (_per_part(x, weight, parts) for x in (norm, mean))
-    if order is not None:
-        flat, kept, norms, means = (x[:, order] for x in (flat, kept, norms, means))
-    pattern = recipe.pattern if isinstance(recipe.pattern, NM) else None
-    refined = torch.cat(
-        [
-            dsnot(w, m, input_mean=mu, input_norm=x, pattern=pattern)
-            for w, m, mu, x in zip(flat.chunk(parts), kept.chunk(parts), means, norms, strict=True)
-        ]
-    )
-    if order is not None:
-        refined = refined[:, order.argsort()]
-    return refined.reshape(mask.shape)
-
-
-def _per_part(x: Tensor, weight: Tensor, parts: int) -> Tensor:
-    """``[parts, in * kernel]`` of statistics that :func:`collect` spread over the rows."""
-    if parts == 1:
-        return x.reshape(1, -1)
-    return x.reshape(parts, weight.shape[0] // parts, -1)[:, 0]
 
 
 def _error(weight: Tensor, new: Tensor, stats: Stats) -> dict[str, Any]:

@@ -155,7 +155,8 @@ class OneShotFolder:
         number = self.done + 1
         if layers:
             tensors = {f"weight.{n}": layer.weight.detach().cpu().contiguous() for n, layer in layers.items()}
-            tensors |= {f"mask.{n}": SparseMask(mask).packed.cpu() for n, mask in masks.items()}
+            packed = {n: SparseMask(mask) for n, mask in masks.items()}
+            tensors |= {f"mask.{n}": mask.packed.cpu() for n, mask in packed.items()}
             self._save(self._unit(number), tensors)
         before = self.body["activations"]
         after = None
@@ -165,7 +166,12 @@ class OneShotFolder:
                 "slots": self._save_activations(number, activations),
             }
         for n, layer in layers.items():
-            self.body["layers"][n] = {"unit": number, "weight": tensor_checksum(layer.weight), "entry": entries[n]}
+            self.body["layers"][n] = {
+                "unit": number,
+                "weight": tensor_checksum(layer.weight),
+                "mask": packed[n].checksum(),
+                "entry": entries[n],
+            }
         self.body["units"].append(name)
         self.body |= {"warnings": list(warnings), "activations": after, "seconds": seconds}
         self._write()
@@ -186,11 +192,12 @@ class OneShotFolder:
                 if entry["unit"] != unit:
                     continue
                 weight, layer = tensors[f"weight.{name}"], layers[name]
-                if tensor_checksum(weight) != entry["weight"]:
+                mask = SparseMask.from_packed(tensors[f"mask.{name}"], weight.shape)
+                if tensor_checksum(weight) != entry["weight"] or mask.checksum() != entry["mask"]:
                     raise FileFormatError(f"{self._unit(unit)} is damaged: {name!r} does not match its checksum")
                 with torch.no_grad():
                     layer.weight.copy_(weight)
-                masks[name] = SparseMask.from_packed(tensors[f"mask.{name}"], weight.shape).mask.to(layer.weight.device)
+                masks[name] = mask.mask.to(layer.weight.device)
         return masks
 
     def activations(self) -> Activations | None:
