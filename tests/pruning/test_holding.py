@@ -7,6 +7,7 @@ from torch import nn
 from resu.modules.convert import convert_to_resu
 from resu.pruning.holding import hold_masks
 from resu.pruning.mask_generator import compute_random_mask
+from resu.pruning.pruners import GradualPruner, prune_iteratively
 from resu.training import Sparsifier, Static
 
 
@@ -92,6 +93,11 @@ def test_one_weight_has_one_holder_and_the_error_names_the_way_out():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="held by a mask already"):
         Sparsifier(model, optimizer, Static(sparsity=0.5))
+    gradual = GradualPruner(final_sparsity=0.5, end_step=0)
+    with pytest.raises(ValueError, match="held by a mask already"):
+        gradual.step(model, 0)
+    with pytest.raises(ValueError, match="held by a mask already"):
+        prune_iteratively(model, [0.5], None)
     held.release()
     hold_masks(model, masks).release()
 

@@ -39,16 +39,6 @@ class HeldMasks:
         self.model = model
         self._constraints: dict[str, Constraint] = {}
         self._layers: dict[str, Any] = {}
-        parameters = _parameters(model, masks)
-        for name, parameter in parameters.items():
-            layer = _own_holder(model, name)
-            if layer is not None:
-                self._layers[name] = layer
-            elif is_held(parameter):
-                raise ValueError(
-                    f"{name!r} is held by a mask already; let go of it first: release() on what prune_iteratively, "
-                    "GradualPruner or hold_masks gave, commit() on a Sparsifier"
-                )
         try:
             self.update(masks)
         except BaseException:
@@ -67,13 +57,24 @@ class HeldMasks:
         Args:
             masks: For the same weights, or for more of them.
             optimizer: Its state is set to zero at newly pruned positions, if given.
+
+        Raises:
+            ValueError: If a weight is held by another already, or a mask does not fit; nothing has changed then.
         """
         parameters, earlier = _parameters(self.model, masks), self.masks
+        for name, parameter in parameters.items():
+            own = self._constraints.get(name)
+            if _own_holder(self.model, name) is None and is_held(parameter, except_for=own):
+                raise ValueError(
+                    f"{name!r} is held by a mask already; let go of it first: release() on what prune_iteratively, "
+                    "GradualPruner or hold_masks gave, commit() on a Sparsifier"
+                )
         for name, given in masks.items():
             parameter, before = parameters[name], earlier.get(name)
             mask = (given if isinstance(given, SparseMask) else SparseMask(given)).to(parameter.device)
-            if name in self._layers or _own_holder(self.model, name) is not None:
-                layer = self._layers.setdefault(name, _own_holder(self.model, name))
+            layer = _own_holder(self.model, name)
+            if layer is not None:
+                self._layers[name] = layer
                 layer.set_mask(mask)
             else:
                 constraint = self._constraints.get(name)

@@ -83,7 +83,7 @@ class RunFolder:
     def begin(self, model: nn.Module, baseline: float | None, *, overwrite: bool) -> None:
         """Start a run: the model as it is becomes stage 0."""
         if overwrite:
-            for file in [*self.path.glob("stage-[0-9][0-9].safetensors"), *self.path.glob("stage-*.masks.safetensors")]:
+            for file in self.path.glob("stage-*.safetensors"):
                 file.unlink()
             self._run.unlink(missing_ok=True)
         self.body = {
