@@ -336,6 +336,7 @@ def test_a_sentence_encoder_keeps_its_embeddings_by_method(resu, data_dir, tmp_p
     assert cosine == pytest.approx(found["wanda"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_guide_runs_as_it_stands(data_folder, tmp_path):
     """Every bash block of the guide that is marked, in one shell, on the small model."""
     data_folder("model_stories260K")
