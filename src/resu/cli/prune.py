@@ -148,14 +148,15 @@ def _as_options() -> Iterator[None]:
 
 
 def _shown_by(bar: Progress) -> Callable[[int, int, str], None]:
-    """A callback that draws a line per kind of work: "counting", "writing", "evaluating", …"""
-    tasks: dict[str, Any] = {}
+    """A callback that draws a line per kind of work; a new kind is one with another total, or that starts again."""
+    task, last, of = None, 0, -1
 
     def show(done: int, total: int, what: str) -> None:
-        kind = what.partition(" ")[0]
-        if kind not in tasks:
-            tasks[kind] = bar.add_task(what, total=total)
-        bar.update(tasks[kind], description=what, completed=done, total=total)
+        nonlocal task, last, of
+        if task is None or total != of or done < last:
+            task, of = bar.add_task(what, total=total), total
+        last = done
+        bar.update(task, description=what, completed=done)
 
     return show
 
