@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from resu.core.counting import check_finite
-from resu.core.layers import Layer
+from resu.core.layers import Layer, is_conv1d_of_transformers
 from resu.pruning.moments import CONVOLUTIONS, Moments, outer_product
 from resu.pruning.multiplications import Multiplications, Operand, token_rows
 
@@ -251,8 +251,8 @@ def _is_called(layer: Layer) -> bool:
     module = layer.module
     if _in_attention(layer):
         return False
-    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    return layer.attribute == "weight" and (conv1d or isinstance(module, (nn.Linear, *CONVOLUTIONS)))
+    known = isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_conv1d_of_transformers(module)
+    return layer.attribute == "weight" and known
 
 
 def _columns(layer: Layer) -> int:
@@ -266,9 +266,13 @@ def _per_part(moments: Moments, layer: Layer, what: str) -> Tensor:
     if source is None:
         fill = 1.0 if what == "norm" else 0.0
         return torch.full((moments.parts, *shape), fill, dtype=moments.wide, device=layer.weight.device)
-    counts = torch.tensor(moments.counts, dtype=torch.float64, device=source.device).view(-1, *[1] * len(shape))
+    counts = torch.tensor(
+        moments.counts,
+        dtype=torch.float64,
+    ).view(-1, *[1] * len(shape))
     each = source.sqrt() if what == "norm" else source / counts.clamp(min=1)
-    return torch.where(counts > 0, each, 1.0 if what == "norm" else 0.0).to(moments.wide)
+    each = torch.where(counts > 0, each, 1.0 if what == "norm" else 0.0)
+    return each.to(device=layer.weight.device, dtype=moments.wide)
 
 
 def _listed(parts: list[int]) -> str:

@@ -19,7 +19,7 @@ from resu.core.layers import Layer
 from resu.pruning.blocks import Chain, Unit, plan_units
 from resu.pruning.inputs import Inputs, padding_masks
 from resu.pruning.links import Const, Slot, signature
-from resu.pruning.placement import Placement
+from resu.pruning.placement import Placement, outer_items
 from resu.pruning.statistics import eager, run_batch, undisturbed
 from resu.pruning.trees import leaves, map_leaves
 
@@ -78,17 +78,27 @@ class Walk:
             stack.enter_context(undisturbed(self.model, {}))
             stack.enter_context(eager(self.model))
             stack.enter_context(torch.no_grad())
-            self.placement = Placement(self.model, self._device)
+            self.placement = Placement(self.model, self._device, outer_items(self.model))
             self.batches = [map_leaves(lambda _, x: self.placement.kept(x), batch) for batch in self.batches]
             self._kinds = [signature(batch) for batch in self.batches]
             kinds = dict(zip(self._kinds, self.batches, strict=True))
-            with self.placement.all():
-                lent = [self.placement.lent(batch) for batch in kinds.values()]
-                self.units, self.chains = plan_units(self.model, self.layers, lent, self.run, self._blocks)
+            try:
+                self._plan(list(kinds.values()))
+            except RuntimeError:
+                if not self.placement.moves:
+                    raise
+                # An item of a container is used without being called, so its weights stayed behind.
+                self.placement = Placement(self.model, self._device)
+                self._plan(list(kinds.values()))
             blocks = [name for chain in self.chains for name in chain.blocks]
             self.placement = Placement(self.model, self._device, blocks)
             self._stack = stack.pop_all()
         return self
+
+    def _plan(self, kinds: list[Any]) -> None:
+        with self.placement.all():
+            lent = [self.placement.lent(batch) for batch in kinds]
+            self.units, self.chains = plan_units(self.model, self.layers, lent, self.run, self._blocks)
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()

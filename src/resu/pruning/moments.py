@@ -22,8 +22,8 @@ class Moments:
 
     Attributes:
         counts: Tokens (or image positions) seen by each part.
-        squares: Σ x², float64, ``[parts, in…]``.
-        sums: Σ x, float64, ``[parts, in…]``.
+        squares: Σ x², float64 in main memory, ``[parts, in…]``.
+        sums: Σ x, likewise.
         products: Σ x xᵀ, ``[parts, in, in]`` in float32 (float64 for float64 inputs), if asked for.
     """
 
@@ -45,10 +45,11 @@ class Moments:
         self.counts[part] += x.shape[0]
         if self.inputs:
             # Norms, not their squares, in float32: the squares of what bf16 can hold would overflow.
-            norm = torch.linalg.vector_norm(x, dim=0, dtype=self.wide).double()
+            norm = torch.linalg.vector_norm(x, dim=0, dtype=self.wide)
+            norm, total = torch.stack([norm, x.sum(dim=0, dtype=self.wide)]).cpu().double()
             if self.wide == torch.float32 and not bool(torch.isfinite(norm).all()):
-                norm = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64)
-            self.add_sums(part, norm.square(), x.sum(dim=0, dtype=self.wide).double())
+                norm = torch.linalg.vector_norm(x.cpu(), dim=0, dtype=torch.float64)
+            self.add_sums(part, norm.square(), total)
         if self.outer:
             self.add_product(part, outer_product(x) if product is None else product)
 
@@ -78,9 +79,9 @@ class Moments:
             self.counts[part] += positions
         if self.inputs:
             wider = padded.to(self.wide)
-            squares, sums = window_sums(conv, wider.square()), window_sums(conv, wider)
+            squares, sums = (window_sums(conv, x).cpu().double() for x in (wider.square(), wider))
             for part, (square, total) in enumerate(zip(squares.chunk(self.parts), sums.chunk(self.parts), strict=True)):
-                self.add_sums(part, square.double(), total.double())
+                self.add_sums(part, square, total)
         if self.outer:
             for columns in columns_of(conv, padded):
                 for part in range(self.parts):

@@ -54,9 +54,13 @@ class Job:
     masks: dict[str, Tensor] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    _homes: dict[str, torch.device] = field(default_factory=dict)
     _told: int = 0
     _total: int = 0
     _started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._homes = {name: layer.weight.device for name, layer in self.layers.items()}
 
     # -- budgets
 
@@ -192,7 +196,7 @@ class Job:
                     self.layers[name].weight.copy_(weight)
             raise
         for name, mask in masks.items():
-            self.masks[name] = mask
+            self.masks[name] = mask.to(self._homes[name])
             kept = int(mask.sum())
             self.entries[name] = {
                 "name": name,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resu.pruning.trees import map_leaves
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "outer_items"]
 
 
 class Placement:
@@ -38,10 +38,10 @@ class Placement:
         moved: list[tuple[Tensor, Tensor]] = []
         try:
             for tensor in dict.fromkeys(t for module in modules for t in _tensors(module)):
-                if tensor.device != self.device and id(tensor) not in outside:
+                if self._is_away(tensor) and id(tensor) not in outside:
                     # The object stays, and with it ties, optimizers and names; only its memory is lent.
                     moved.append((tensor, tensor.data))
-                    tensor.data = tensor.data.to(self.device)
+                    tensor.data = self._copied(tensor.data)
             yield
         finally:
             with torch.no_grad():
@@ -56,7 +56,7 @@ class Placement:
         with ExitStack() as stack:
             stack.enter_context(self.here(self.model, without=blocks))
             present = stack.enter_context(ExitStack())
-            if any(t.device != self.device for block in blocks for t in _tensors(block)):
+            if any(self._is_away(t) for block in blocks for t in _tensors(block)):
 
                 def come(module: nn.Module, args: Any) -> None:
                     present.enter_context(self.here(module))
@@ -69,6 +69,17 @@ class Placement:
                     stack.callback(block.register_forward_hook(go, prepend=True).remove)
             yield
 
+    @property
+    def moves(self) -> bool:
+        """Whether anything has to be moved."""
+        return any(self._is_away(t) for t in _tensors(self.model))
+
+    def _is_away(self, tensor: Tensor) -> bool:
+        return tensor.device != self.device
+
+    def _copied(self, data: Tensor) -> Tensor:
+        return data.to(self.device)
+
     def lent(self, tree: Any) -> Any:
         """Tensors of a tree on the device."""
         return map_leaves(lambda _, x: x.to(self.device) if isinstance(x, Tensor) else x, tree)
@@ -76,6 +87,16 @@ class Placement:
     def kept(self, x: Any) -> Any:
         """A tensor where it waits until it is needed: in main memory."""
         return x.detach().cpu() if isinstance(x, Tensor) else x
+
+
+def outer_items(model: nn.Module) -> list[str]:
+    """Items of the outermost containers: what may be moved one at a time before the blocks are known."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name == item or name.startswith(f"{item}.") for item in found)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and not inside:
+            found += [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+    return found
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
