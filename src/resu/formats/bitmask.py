@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from resu.core.mask import SparseMask, count_bits, pack_bits
 
 __all__ = ["bitmask_prefixes", "check_24", "pack_bitmask", "pack_compressed", "unpack_bitmask"]
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PARTS = ("shape", "compressed", "bitmask", "row_offsets")
 
 
@@ -34,6 +36,18 @@ def _offsets(kept: Tensor) -> Tensor:
 def _words(x: Tensor) -> Tensor:
     """8-bit floats as the integers they are stored as: torch selects few of their kinds."""
     return x.view(torch.uint8) if x.is_floating_point() and x.element_size() == 1 else x
+
+
+def _kept(weight: Tensor, mask: SparseMask) -> Tensor:
+    """The values at kept positions, bit for bit."""
+    if weight.shape != mask.shape:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has a mask of shape {tuple(mask.shape)}")
+    words = weight.view(_WORDS[weight.element_size()]) if weight.element_size() in _WORDS else weight
+    if weight.device.type != "cpu":
+        return mask.get_active(words).contiguous().view(weight.dtype)
+    # Several times faster than masked_select.
+    taken = words.reshape(-1).numpy().take(np.flatnonzero(mask.mask.numpy()))
+    return torch.from_numpy(taken).view(weight.dtype)
 
 
 def pack_bitmask(weight: Tensor, mask: SparseMask) -> dict[str, Tensor]:
@@ -54,7 +68,7 @@ def pack_bitmask(weight: Tensor, mask: SparseMask) -> dict[str, Tensor]:
     """
     return {
         "shape": torch.tensor(weight.shape, dtype=torch.int64),
-        "compressed": mask.get_active(_words(weight.detach())).contiguous().view(weight.dtype),
+        "compressed": _kept(weight.detach(), mask),
         "bitmask": mask.packed,
         "row_offsets": _offsets(count_bits(mask.packed)),
     }

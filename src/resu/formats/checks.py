@@ -13,7 +13,18 @@ from resu.core.counting import keep_count
 from resu.core.mask import SparseMask
 from resu.core.pattern import Pattern
 
-__all__ = ["check_counts", "check_mask", "check_values", "check_weight", "count_nonzero", "expected_counts"]
+__all__ = [
+    "check_counts",
+    "check_mask",
+    "check_values",
+    "check_weight",
+    "count_nonzero",
+    "expected_counts",
+    "nonzero_pruned",
+]
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _as_float(values: Tensor) -> Tensor:
@@ -31,11 +42,30 @@ def count_nonzero(values: Tensor) -> int:
     return int(torch.count_nonzero(_as_float(values)))
 
 
+def _any_bit(weight: Tensor, mask: SparseMask) -> bool:
+    """Whether any bit is set where the mask prunes: much cheaper than to look at the values there."""
+    size = weight.element_size()
+    words = weight.contiguous().view(_WORDS[size]) if size in _WORDS else weight
+    return bool(torch.count_nonzero(mask.zero_(words.clone(), active=True)))
+
+
+def nonzero_pruned(weight: Tensor, mask: SparseMask) -> int:
+    """How many positions that the mask prunes are not zero; -0.0 is zero.
+
+    Example:
+        >>> nonzero_pruned(torch.tensor([1.0, -0.0, 3.0]), SparseMask(torch.tensor([True, False, False])))
+        1
+    """
+    return count_nonzero(mask.get_pruned(weight)) if _any_bit(weight, mask) else 0
+
+
 def check_values(weight: Tensor) -> list[str]:
     """NaN and infinite values of a tensor."""
     values = _as_float(weight)
     if not (values.is_floating_point() or values.is_complex()):
         return []
+    if bool(torch.isfinite(values.sum())):
+        return []  # one value that is not finite would show in the sum
     odd = values.numel() - int(torch.isfinite(values).sum())
     return [f"holds {odd} NaN or infinite values"] if odd else []
 
@@ -56,6 +86,8 @@ def check_weight(weight: Tensor, mask: SparseMask) -> tuple[list[str], int]:
     """
     if weight.shape != mask.shape:
         return [f"has shape {tuple(weight.shape)}, its mask {tuple(mask.shape)}"], 0
+    if not _any_bit(weight, mask):
+        return [], 0
     pruned = _as_float(mask.get_pruned(weight))
     odd = count_nonzero(pruned)
     problems = [f"is not zero at {odd} of {mask.n_pruned} positions its mask prunes"] if odd else []

@@ -18,7 +18,7 @@ from resu.core.io import FileFormatError, open_header, replacing, seal_header, t
 from resu.core.mask import SparseMask
 from resu.core.mask_files import checked_masks, mask_entries, write_safetensors
 from resu.formats.bitmask import bitmask_prefixes, pack_bitmask, take_bitmask, unpack_bitmask
-from resu.formats.checks import count_nonzero
+from resu.formats.checks import nonzero_pruned
 from resu.formats.tree import flatten, unflatten
 
 __all__ = ["CHECKPOINT_HEADER", "Checkpoint", "load_checkpoint", "read_safetensors", "save_checkpoint"]
@@ -147,7 +147,7 @@ def check_masked(name: str, weight: Tensor | None, mask: SparseMask) -> None:
         raise ValueError(f"mask {name!r} belongs to no tensor of the state")
     if weight.shape != mask.shape:
         raise ValueError(f"mask {name!r} has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
-    odd = count_nonzero(mask.to(weight.device).get_pruned(weight))
+    odd = nonzero_pruned(weight.detach(), mask.to(weight.device))
     if odd:
         raise ValueError(f"{name!r} is not zero at {odd} positions its mask prunes; apply the mask before saving")
 
