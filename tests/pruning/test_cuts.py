@@ -72,11 +72,11 @@ readings = st.builds(
     block=st.sampled_from([1, 4]),
     collected=st.sampled_from([1, 5, 1 << 20]),
     span=st.sampled_from([5, 1 << 20]),
-    bins=st.sampled_from([2, 20]),
+    bins=st.sampled_from([2, 11]),
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(tensors=layers(), digits=st.integers(0, 999), how=readings, local=st.booleans())
 def test_cuts_are_the_global_masks_position_by_position(tensors, digits, how, local):
     total = sum(x.numel() for x in tensors.values())
@@ -94,7 +94,7 @@ def test_cuts_are_the_global_masks_position_by_position(tensors, digits, how, lo
         assert cuts[name].kept == int(expected[name].sum())
 
 
-def test_a_layer_of_tiny_weights_keeps_its_best_in_place_of_the_lowest_elsewhere():
+def test_trap_09_a_layer_of_tiny_weights_keeps_its_best_in_place_of_the_lowest_elsewhere():
     tensors = {"a": torch.tensor([1.0, 2.0, 3.0, 2.0]), "b": torch.tensor([1e-3, 2e-3, 2e-3]), "c": torch.zeros(2)}
     cuts = find_cuts(scores := InMemory(tensors), list(tensors), 4)
     found = masks_of(cuts, scores)

@@ -71,7 +71,7 @@ def test_any_score_distribution_and_pattern_as_in_memory(state, workers, distrib
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.5])
-def test_patterns_of_fixed_sparsity_within_each_experts_rows(state, sparsity):
+def test_trap_12_fused_experts_are_pruned_within_each_experts_rows(state, sparsity):
     masks = compute_masks_for_state_dict(state, sparsity, pattern="2:4")
     for name, mask in masks.items():
         assert torch.equal(matrix(name, mask), NM(2, 4).mask(matrix(name, state[name]).abs(), 0.5))

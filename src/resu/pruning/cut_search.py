@@ -23,6 +23,7 @@ from resu.pruning.cuts import Cut, Reading, Scores, Span, checked_keys, spread
 __all__ = ["find_cuts"]
 
 Ints = NDArray[np.int64]
+FULL = (-FINITE, FINITE)  # the keys of all finite numbers
 
 
 @dataclass
@@ -142,12 +143,15 @@ class _Search:
             total += counts
         return self.how.ranks.sum(total), shift
 
-    def refined(self, names: Sequence[str], keep: int) -> Span:
+    def refined(self, names: Sequence[str], keep: int, bracket: Span = FULL) -> Span:
         """A bracket that surely holds the threshold and is small enough to collect."""
-        low, high = -FINITE, FINITE
+        low, high = bracket
         mine = [name for name in self.mine if name in set(names)]
         while True:
             counts, shift = self.histogram(mine, low, high)
+            if not counts[-1] < keep <= counts.sum():  # an unlucky sample
+                low, high = FULL
+                continue
             low, high, inside = _bin_of(counts, keep, low, high, shift)
             if inside <= self.how.collected or low == high:
                 return low, high
@@ -161,7 +165,7 @@ class _Search:
         above, inside = self.how.ranks.sum(np.array([above, int(counts.sum())])).tolist()
         if not above < keep <= above + inside:
             return None
-        low, high = -FINITE, FINITE
+        low, high = FULL
         while low < high:
             shift = max(0, (high - low).bit_length() - 16)
             size = ((high - low) >> shift) + 1
@@ -185,9 +189,10 @@ class _Search:
     def run(self) -> dict[str, Cut]:
         """The cuts of all layers."""
         rescued: dict[str, Cut] = {}
-        bracket = self.sampled()
-        if bracket is not None:
-            self.collect(*bracket)
+        bracket, inside = self.sampled()
+        if inside > self.how.collected:
+            bracket = self.refined(self.names, self.keep, bracket)
+        self.collect(*bracket)
         while True:
             names = [name for name in self.names if name not in rescued]
             keep = self.keep - len(rescued)
@@ -209,14 +214,12 @@ class _Search:
                 return {name: rescued.get(name) or cuts[name] for name in self.names}
             rescued |= {name: Cut(self.tops[name], 1, 1) for name in empty}
 
-    def sampled(self) -> Span | None:
-        """A bracket by a sample; everything where there is little; None where a sample would need whole tensors."""
+    def sampled(self) -> tuple[Span, int]:
+        """A bracket by a sample (all numbers where there is none), and about how many distinct ones are inside."""
         sizes = {name: self.scores.sizes[name] for name in self.names}
         total, how = sum(sizes.values()), self.how
-        if total <= how.blocks * how.block // 4:
-            return -FINITE, FINITE
-        if not self.scores.local:
-            return None
+        if total <= how.blocks * how.block // 4 or not self.scores.local:
+            return FULL, total
         blocks: dict[str, list[int]] = {}
         # Reading a small share of everything is enough, and keeps what the sample takes in proportion.
         drawn = min(how.blocks, max(256, total // (64 * how.block)))
@@ -245,7 +248,9 @@ class _Search:
         first, last = int((share - slack) * len(ordered)), int((share + slack) * len(ordered)) + 1
         high = int(ordered[first]) if first > 0 else FINITE
         low = int(ordered[last]) if last < len(ordered) else -FINITE
-        return low, high
+        inside = ordered[max(first, 0) : last + 1]
+        distinct = 1 + np.count_nonzero(np.diff(inside))  # few in bf16, however many weights there are
+        return (low, high), int(total * len(inside) / len(ordered) * distinct / len(inside))
 
 
 def _binned(keys: Ints, counts: Ints | None, low: int, high: int, shift: int, size: int) -> Ints:

@@ -93,9 +93,9 @@ class Reading:
 
     workers: int = 1
     ranks: Ranks = field(default_factory=Ranks)
-    blocks: int = 4096
+    blocks: int = 2048
     block: int = 1024
-    collected: int = 1 << 24
+    collected: int = 1 << 23
     span: int = 1 << 25
     bins: int = 20
     tick: Callable[[int], None] = lambda done: None
