@@ -269,7 +269,9 @@ def _not_carried(model: Any, before: Shards, after: Shards) -> list[str]:
         names.setdefault(id(parameter), []).append(name)
     tied = {name for group in names.values() if len(group) > 1 for name in group}
     prefix = f"{model.base_model_prefix}."  # with or without it, it is the same tensor to from_pretrained
-    known = {name.removeprefix(prefix) for name in (*after.names, *tied)}
+    # Buffers are in the model whether a file has them or not (position_ids of older checkpoints).
+    buffers = {name for name, _ in model.named_buffers()}
+    known = {name.removeprefix(prefix) for name in (*after.names, *tied, *buffers)}
     return sorted(name for name in before.names if name.removeprefix(prefix) not in known)
 
 
