@@ -124,8 +124,9 @@ def _matches(pattern: str, name: str, module_name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(module_name, pattern)
 
 
-def _is_conv1d_of_transformers(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """Whether a module is Hugging Face's ``Conv1D`` or derived from it: a linear layer that stores ``[in, out]``."""
+    return hasattr(module, "nf") and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
 def every_weight(model: nn.Module) -> dict[str, Layer]:
@@ -151,8 +152,8 @@ def every_weight(model: nn.Module) -> dict[str, Layer]:
 
 def _orientation(module: nn.Module, attribute: str, parameter: Tensor) -> tuple[bool, bool]:
     """Whether the weight is stored inputs first, and whether it is a stack."""
-    if isinstance(module, _TYPES) or _is_conv1d_of_transformers(module):
-        inputs_first = isinstance(module, _TRANSPOSED_CONVOLUTIONS) or _is_conv1d_of_transformers(module)
+    if isinstance(module, _TYPES) or is_conv1d_of_transformers(module):
+        inputs_first = isinstance(module, _TRANSPOSED_CONVOLUTIONS) or is_conv1d_of_transformers(module)
         return inputs_first and attribute == "weight", False
     if parameter.ndim != 3 or min(parameter.shape) <= 1 or "embed" in attribute:
         return False, False
@@ -164,7 +165,7 @@ def _orientation(module: nn.Module, attribute: str, parameter: Tensor) -> tuple[
 def _multiplies(module: nn.Module, attribute: str) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return attribute.endswith("proj_weight")
-    known = isinstance(module, _TYPES) or _is_conv1d_of_transformers(module)
+    known = isinstance(module, _TYPES) or is_conv1d_of_transformers(module)
     return known and attribute == "weight"
 
 

@@ -111,11 +111,9 @@ def collect(
             with ExitStack() as stack:
                 if inputs is not None:
                     stack.enter_context(inputs.watching(padding_masks(batch)))
-                if grads:
-                    assert loss_fn is not None
-                    _add_gradients(loss_fn(model, batch), layers, slopes)
-                else:
-                    run(model, batch)
+                loss = loss_fn(model, batch) if grads and loss_fn is not None else run(model, batch)
+            if grads:  # not watched: backward multiplies with the same weights
+                _add_gradients(loss, layers, slopes)
     if not count:
         raise ValueError("there is no batch to collect statistics from; pass an iterable that can be run again")
     if inputs is not None:
@@ -223,7 +221,7 @@ class _Gradients:
         return self.total / count, self.squares / count
 
 
-def _add_gradients(loss: Tensor, layers: Mapping[str, Layer], slopes: Mapping[str, _Gradients]) -> None:
+def _add_gradients(loss: object, layers: Mapping[str, Layer], slopes: Mapping[str, _Gradients]) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
         raise ValueError(f"loss_fn must return one finite number as a tensor, got {loss!r}")
     # Not backward(): the user's .grad stays as it is.

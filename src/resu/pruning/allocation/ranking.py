@@ -242,7 +242,8 @@ def _distinct(values: Tensor) -> tuple[Tensor, Tensor]:
         ascending = torch.from_numpy(np.sort(values.numpy()))
     else:
         ascending = values.sort().values
-    return torch.unique_consecutive(ascending, return_counts=True)
+    distinct, counts = torch.unique_consecutive(ascending, return_counts=True)
+    return distinct, counts
 
 
 def _cut_levels(layers: list[Levels], keep: int) -> list[int]:
