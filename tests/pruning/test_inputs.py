@@ -295,14 +295,47 @@ def test_trap30_experts_that_are_modules_see_no_padding_either():
         agree(stats[f"experts.{e}.weight"], real[(real[:, 0] > 0) == bool(e)].relu())
 
 
-def test_rows_that_cannot_be_followed_are_said():
+def test_trap30_rows_that_a_router_sorted_by_expert_are_followed():
+    """The way of grouped products: all rows in the order of their experts, which a permutation says."""
+
+    class Sorted(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.weight, self.how = nn.Parameter(torch.randn(2, 8, 8)), how
+            self.router = nn.Linear(8, 2)
+
+        def forward(self, x, attention_mask=None):
+            flat = x.flatten(0, 1)
+            values, chosen = self.router(flat).topk(1, dim=-1)
+            order = chosen.flatten().argsort(stable=True)
+            rows = values.sigmoid()[order] * flat[order]
+            ends = torch.bincount(chosen.flatten(), minlength=2).cumsum(0).int()
+            if self.how == "grouped":
+                return F.grouped_mm(rows, self.weight.mT, offs=ends)
+            end = int(ends[0])
+            first, second = (rows[:end], rows[end:]) if self.how == "sliced" else rows.split([end, len(rows) - end])
+            return torch.cat([first @ self.weight[0].T, second @ self.weight[1].T])
+
+    x, mask = torch.randn(3, 6, 8), torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
+    for how in ("grouped", "split", "sliced"):
+        model = Sorted(how)
+        stats = collect(model, select(model, include="weight"), [{"x": x, "attention_mask": mask}], BOTH)["weight"]
+        real = x[mask.bool()]
+        values, chosen = model.router(real).detach().max(dim=-1)
+        for e in range(2):
+            agree(stats, (values.sigmoid()[:, None] * real)[chosen == e], (e, 2))
+
+
+@pytest.mark.parametrize("how", ["more rows", "flipped"])
+def test_rows_that_cannot_be_followed_are_said(how):
     class Shuffled(nn.Module):
         def __init__(self):
             super().__init__()
             self.fc = nn.Linear(4, 4)
 
         def forward(self, x, attention_mask=None):
-            return self.fc(torch.cat([x.flatten(0, 1), torch.zeros(1, 4)]))
+            flat = x.flatten(0, 1)
+            return self.fc(torch.cat([flat, torch.zeros(1, 4)]) if how == "more rows" else flat.flip(0).relu())
 
     model = Shuffled()
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])

@@ -15,7 +15,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from resu.core.counting import check_finite
 from resu.core.layers import Layer, is_conv1d_of_transformers
 from resu.pruning.moments import CONVOLUTIONS, Moments, outer_product
-from resu.pruning.multiplications import Multiplications, Operand, token_rows
+from resu.pruning.multiplications import Multiplications, Operand
+from resu.pruning.token_rows import token_rows
 
 __all__ = ["Inputs", "input_parts", "padding_masks"]
 
@@ -160,10 +161,10 @@ class Inputs:
             if _in_attention(self.layers[name]):  # always tokens first, whatever batch_first says
                 tokens = torch.arange(mask.numel(), device=x.device).view(mask.shape).t().flatten()
                 rows = tokens if x.shape[0] == mask.numel() else None
-            if rows is not None and x.shape[: rows.ndim] == rows.shape:
+            if rows is not None and x.shape[: rows.ndim] == rows.shape and not bool((rows < 0).any()):
                 return x[mask.reshape(-1).to(x.device)[rows.to(x.device)]]
-        batch = next(iter(self._padding.values())).shape[0]
-        if x.ndim <= 2 and x.shape[0] != batch:
+        one_per_text = x.ndim <= 2 and x.shape[0] == next(iter(self._padding.values())).shape[0]
+        if x.ndim <= 2 and not one_per_text:
             self._blurred.add(name)
         return x
 

@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resu.core.layers import Layer
+from resu.pruning.token_rows import follow_rows, rows_between
 
-__all__ = ["Multiplications", "Operand", "token_rows"]
-
-_ROWS = "_resu_token_rows"  # a tensor's rows as indices into the flat list of tokens
+__all__ = ["Multiplications", "Operand"]
 
 
 @dataclass(frozen=True)
@@ -36,22 +34,6 @@ class Operand:
     layer: Layer
     parts: int
     seen: Callable[[int, Tensor], None]
-
-
-def token_rows(x: Tensor, mask: Tensor) -> Tensor | None:
-    """Which tokens of ``mask`` ``[batch, tokens]`` the leading dimensions of ``x`` are, as flat indices.
-
-    Returns:
-        Indices ``[batch, tokens]`` or ``[rows]``; None where it is not known.
-    """
-    known = getattr(x, _ROWS, None)
-    if isinstance(known, Tensor):
-        return known
-    if x.ndim >= 3 and x.shape[:2] == mask.shape:
-        return torch.arange(mask.numel(), device=x.device).view(mask.shape)
-    if x.ndim == 2 and x.shape[0] == mask.numel():
-        return torch.arange(mask.numel(), device=x.device)
-    return None
 
 
 class Multiplications(TorchDispatchMode):
@@ -89,7 +71,7 @@ class Multiplications(TorchDispatchMode):
             if self._by_memory and name in _PRODUCTS:
                 self._look(name, [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)])
             if self.mask is not None and isinstance(out, (Tensor, list, tuple)):
-                self._follow(name, args, out)
+                follow_rows(name, args, out, self.mask, _PRODUCTS[name][0] if name in _PRODUCTS else None)
         return out
 
     # -- products
@@ -115,7 +97,7 @@ class Multiplications(TorchDispatchMode):
             ends = offsets.tolist()
             for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
                 for part in _covered(one, matrix[i]):
-                    one.seen(part, x[start:end])
+                    one.seen(part, rows_between(x, start, end))
             return
         if matrix.ndim == 2:
             for part in _covered(one, matrix):
@@ -124,47 +106,6 @@ class Multiplications(TorchDispatchMode):
         for i in range(matrix.shape[0]):
             for part in _covered(one, matrix[i]):
                 one.seen(part, x[i])
-
-    # -- rows
-
-    def _follow(self, name: str, args: tuple[Any, ...], out: Any) -> None:
-        source = args[0] if args and isinstance(args[0], Tensor) else None
-        mask = self.mask
-        assert mask is not None
-        if name in ("index", "index_select", "transpose") and source is not None:
-            rows = _picked(name, token_rows(source, mask), args)
-        else:
-            rows = next(
-                (r for r in (getattr(a, _ROWS, None) for a in args if isinstance(a, Tensor)) if r is not None), None
-            )
-        if rows is None:
-            return
-        for one in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(one, Tensor) and one is not source:
-                _tag(one, rows)
-
-
-def _picked(name: str, rows: Tensor | None, args: tuple[Any, ...]) -> Tensor | None:
-    if rows is None:
-        return None
-    if name == "index":
-        indices = args[1]
-        if len(indices) <= rows.ndim and all(i is not None for i in indices):
-            return rows[tuple(i.to(rows.device) for i in indices)]
-        return None
-    if name == "index_select":
-        return rows[args[2].to(rows.device)] if args[1] == 0 and rows.ndim == 1 else None
-    swapped = {args[1] % args[0].ndim, args[2] % args[0].ndim}
-    if swapped == {0, 1}:
-        return rows.t() if rows.ndim == 2 else None
-    return rows if min(swapped) >= rows.ndim else None
-
-
-def _tag(x: Tensor, rows: Tensor) -> None:
-    if x.shape[: rows.ndim] == rows.shape:
-        setattr(x, _ROWS, rows)
-    elif x.ndim and x.shape[0] == rows.numel():
-        setattr(x, _ROWS, rows.reshape(-1))
 
 
 # Name → (arguments before the two factors, whether the second is [out, in]).
