@@ -1,5 +1,6 @@
 """Hugging Face directories: what is loaded is what is stored, and what is written loads with from_pretrained."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -159,6 +160,15 @@ def test_encoders_load_as_what_they_are(tmp_path):
     assert int((third.get_parameter(name) == 0).sum()) == 16 * 16
 
 
+def test_code_of_a_tokenizer_is_not_run(copy):
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Custom", "auto_map": {"AutoTokenizer": ["tokenization_custom.Custom", None]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    (copy / "tokenization_custom.py").write_text("raise SystemExit('ran')\nclass Custom: pass\n")
+    with contextlib.suppress(ValueError):  # refused, or read without that code; SystemExit would come through
+        assert type(load_tokenizer(copy)).__name__ != "Custom"
+
+
 def test_gpt2_and_its_transposed_weights_survive(tmp_path):
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -184,7 +194,10 @@ def test_wrong_directories_are_refused_with_the_reason(copy, tmp_path):
     rewrite(copy, architectures=["CustomForCausalLM"])
     with pytest.raises(ValueError, match=r"CustomForCausalLM.*transformers"):
         load_model(copy)
-    rewrite(copy, architectures=["LlamaForCausalLM"], quantization_config={"quant_method": "gptq"})
+    rewrite(copy, architectures=None, auto_map={"AutoModel": "modeling_custom.Custom"})
+    with pytest.raises(ValueError, match=r"modeling_custom\.Custom.*is not run"):
+        load_model(copy)
+    rewrite(copy, architectures=["LlamaForCausalLM"], auto_map=None, quantization_config={"quant_method": "gptq"})
     with pytest.raises(ValueError, match=r"quantized \(gptq\)"):
         load_model(copy)
     (copy / "config.json").write_text("{")

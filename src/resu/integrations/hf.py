@@ -78,14 +78,14 @@ def quiet() -> Iterator[None]:
 def _model_class(config: Mapping[str, Any], folder: Path) -> Any:
     import transformers
 
-    architectures = config.get("architectures") or []
-    if not architectures:
+    named = config.get("architectures") or list((config.get("auto_map") or {}).values())
+    if not named:
         return transformers.AutoModel
-    found = getattr(transformers, str(architectures[0]), None)
+    found = getattr(transformers, str(named[0]), None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
-            f"{folder} needs {architectures[0]!r}, which transformers {transformers.__version__} does not have "
-            "(code that comes with a model is not run); methods without data, such as magnitude, do not load it"
+            f"{folder} needs {named[0]!r}, which transformers {transformers.__version__} does not have (code that "
+            "comes with a model is not run); methods without data, such as magnitude, do not load it"
         )
     return found
 
@@ -166,7 +166,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
         return None
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's parser raises: to the user it is one thing
         raise ValueError(f"cannot read the tokenizer of {folder}: {' '.join(str(error).split())}") from error
 
