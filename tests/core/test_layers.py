@@ -135,6 +135,91 @@ def test_trap_12_stacked_experts_are_not_skipped_in_silence():
     assert list(select(Experts(), exclude="up")) == ["router.weight"]  # said, so no warning
 
 
+class TransposedExperts(nn.Module):
+    def __init__(self, is_transposed):
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn(3, 4, 8))
+
+
+class Llama4TextExperts(nn.Module):  # multiplies with [experts, in, out] and has no attribute that says so
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 4, 8))
+
+
+def test_trap_12_stacks_are_taken_where_asked_and_say_how_they_lie():
+    layers = select(Experts(), stacks=True)
+    assert list(layers) == ["up", "router.weight"]  # a table of positions is no stack
+    assert (layers["up"].stacked, layers["up"].transposed) == (True, False)
+    assert select(TransposedExperts(True), stacks=True)["up"].transposed
+    assert not select(TransposedExperts(False), stacks=True)["up"].transposed
+    assert select(Llama4TextExperts(), "gate_up_proj")["gate_up_proj"].transposed
+    model = nn.ModuleDict({"norm": nn.LayerNorm((2, 3, 4)), "fc": nn.Linear(2, 2), "conv": nn.Conv1d(2, 3, 4)})
+    assert not any(layer.stacked for layer in select(model, "*").values())
+
+
+def a_layer(kind):
+    module = {
+        "linear": lambda: nn.Linear(4, 6),
+        "bilinear": lambda: nn.Bilinear(4, 5, 6),
+        "conv1d": lambda: Conv1D(6, 4),
+        "conv": lambda: nn.Conv2d(4, 6, 3, groups=2),
+        "transposed conv": lambda: nn.ConvTranspose2d(4, 6, 3),
+        "grouped transposed conv": lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
+        "stack": lambda: TransposedExperts(False),
+        "transposed stack": lambda: TransposedExperts(True),
+    }[kind]()
+    return next(iter(select(module, "*").values()))
+
+
+KINDS = {
+    "linear": (6, 4),
+    "bilinear": (6, 4, 5),
+    "conv1d": (6, 4),
+    "conv": (6, 2, 3, 3),
+    "transposed conv": (6, 4, 3, 3),
+    "grouped transposed conv": (6, 2, 3),
+    "stack": (12, 8),
+    "transposed stack": (24, 4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trap_11_matrices_have_outputs_first_and_lead_back(kind):
+    layer = a_layer(kind)
+    matrix = layer.matrix(layer.weight)
+    assert matrix.shape == KINDS[kind]
+    assert torch.equal(layer.unmatrix(matrix), layer.weight)
+    mask = torch.rand(matrix.shape) > 0.5
+    back = layer.unmatrix(mask)
+    assert back.shape == layer.weight.shape
+    assert back.is_contiguous()
+    assert torch.equal(layer.matrix(back), mask)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("conv", "bilinear") and "stack" not in k])
+def test_trap_11_a_row_of_the_matrix_is_what_makes_one_output(kind):
+    layer = a_layer(kind)
+    weight = torch.zeros_like(layer.matrix(layer.weight))
+    weight[3] = 1
+    with torch.no_grad():
+        layer.weight.copy_(layer.unmatrix(weight))
+        layer.module.bias.zero_()
+        x = torch.ones(2, 4, *[5] * (layer.weight.ndim - 2))
+        if kind == "conv1d":
+            out = x @ layer.weight
+        else:
+            out = layer.module(x)
+    assert out[:, 3].abs().min() > 0
+    assert not out[:, [0, 1, 2, 4, 5]].any()
+
+
+def test_a_tensor_of_another_shape_is_no_stack():
+    with pytest.raises(ValueError, match=r"'up' is a stack \[experts, out, in\]; got a tensor of shape \(2, 2\)"):
+        a_layer("stack").matrix(torch.ones(2, 2))
+
+
 def test_nothing_to_prune_is_an_error():
     for model in (nn.ReLU(), nn.LayerNorm(3), nn.Embedding(3, 2)):
         with pytest.raises(ValueError, match="no prunable weight is selected"):

@@ -8,8 +8,13 @@ from torch.nn import functional as F
 from resu.core.counting import keep_count
 from resu.core.pattern import NM, Block
 from resu.pruning.importance import importances, register_importance
-from resu.pruning.mask_generator import MaskGenerator, compute_random_mask, compute_unstructured_mask
-from tests.core.test_layers import Conv1D
+from resu.pruning.mask_generator import (
+    MaskGenerator,
+    compute_random_mask,
+    compute_structured_mask,
+    compute_unstructured_mask,
+)
+from tests.core.test_layers import Conv1D, TransposedExperts
 
 
 def network():
@@ -49,7 +54,7 @@ def test_global_pruning_is_one_ranking():
     assert flat[~kept].max() <= flat[kept].min()
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "er", "erk", "global"])
+@pytest.mark.parametrize("distribution", ["uniform", "er", "erk", "global", "lamp", "owl"])
 def test_distributions_have_exact_totals(distribution):
     masks = MaskGenerator(network(), 0.77, distribution=distribution).generate_masks()
     assert sum(counts(masks).values()) == keep_count(sum(m.numel() for m in masks.values()), 0.77)
@@ -103,6 +108,83 @@ def test_trap_11_patterns_on_conv1d_see_outputs_first():
     assert mask.is_contiguous()
     groups = MaskGenerator(model, 0.5, "2:4").generate_masks()["c.weight"]
     assert NM(2, 4).violations(groups.t()) == 0
+
+
+def test_n_of_m_has_its_own_sparsity_and_takes_no_other():
+    model = nn.Sequential(nn.Linear(8, 4))
+    masks = MaskGenerator(model, None, "1:4").generate_masks()
+    assert masks["0.weight"].sum(dim=1).tolist() == [2] * 4  # trap 6: one of four stays
+    assert torch.equal(MaskGenerator(model, 0.75, "1:4").generate_masks()["0.weight"], masks["0.weight"])
+    assert torch.equal(MaskGenerator(model, {"0": 0.75}, "1:4").generate_masks()["0.weight"], masks["0.weight"])
+    with pytest.raises(ValueError, match=r"1:4 has sparsity 0.75 and no other, got 0.5"):
+        MaskGenerator(model, 0.5, "1:4")
+    with pytest.raises(ValueError, match=r"2:4 has sparsity 0.5 and no other, got 0.75"):
+        MaskGenerator(model, {"0": 0.75}, "2:4")
+    with pytest.raises(TypeError, match="sparsity=None goes with an N:M pattern only"):
+        MaskGenerator(model, None)
+
+
+@pytest.mark.parametrize("distribution", ["global", "erk", "uniform", lambda shapes, sparsity, scores: {}])
+def test_what_cannot_be_divided_is_refused_with_the_reason(distribution):
+    with pytest.raises(ValueError, match="2:4 keeps 2 of 4 in every layer, so there is nothing for distribution="):
+        MaskGenerator(network(), 0.5, "2:4", distribution=distribution)
+    with pytest.raises(ValueError, match=r"a sparsity per layer leaves distribution=.* nothing to divide"):
+        MaskGenerator(network(), {"2": 0.5}, distribution=distribution)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_structured_masks_are_whole_channels_by_mean_score(dim):
+    model = nn.ModuleDict({"fc": nn.Linear(6, 8), "conv": nn.Conv2d(6, 4, 3), "c": Conv1D(8, 6)})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    masks = compute_structured_mask(model, 0.5, dim)
+    for name, mask in masks.items():
+        weight = before[name].abs()
+        if name == "c.weight":
+            weight, mask = weight.t(), mask.t()
+        channels, scores = mask.movedim(dim, 0).flatten(1), weight.movedim(dim, 0).flatten(1).mean(1)
+        kept = channels.all(1)
+        assert torch.equal(kept, channels.any(1))
+        assert int(kept.sum()) == len(kept) // 2
+        assert scores[kept].min() >= scores[~kept].max()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    one = compute_structured_mask(model, {"fc": 0.99}, dim, "random", seed=3)
+    assert int(one["fc.weight"].sum()) == (6 if dim == 0 else 8)
+
+
+@pytest.mark.parametrize("dim", [2, -1, True, "0", None])
+def test_structured_masks_have_outputs_and_inputs_alone(dim):
+    with pytest.raises(ValueError, match="dim must be 0"):
+        compute_structured_mask(network(), 0.5, dim)
+
+
+def test_trap_03_a_kept_weight_may_be_zero():
+    model = nn.Sequential(nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert counts(MaskGenerator(model, 0.5).generate_masks()) == {"0.weight": 16}
+
+
+def test_trap_10_tied_weights_get_one_mask():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    for name in ("0", "2"):
+        assert list(MaskGenerator(model, 0.5, include=name).generate_masks()) == ["0.weight"]
+    assert counts(compute_unstructured_mask(model, 0.75, global_pruning=True)).keys() == {"0.weight", "1.weight"}
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_trap_12_fused_experts_are_pruned_each_by_its_rows(is_transposed):
+    model = TransposedExperts(is_transposed)
+    mask = MaskGenerator(model, 0.5, "row", include="up").generate_masks()["up"]
+    assert mask.shape == (3, 4, 8)
+    rows = mask.sum(dim=1 if is_transposed else 2)
+    assert rows.unique().tolist() == [2 if is_transposed else 4]
+
+
+def test_trap_13_an_excluded_layer_has_no_mask():
+    assert "4.weight" not in MaskGenerator(network(), 0.5, exclude="4").generate_masks()
+    with pytest.raises(ValueError, match=r"the glob '4.' matches no weight"):
+        MaskGenerator(network(), 0.5, exclude="4.")
 
 
 def test_random_masks_repeat_by_seed():
