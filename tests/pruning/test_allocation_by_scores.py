@@ -11,7 +11,7 @@ from torch import nn
 
 from resu.core.counting import keep_count
 from resu.pruning.allocation import allocate, allocations, ignores_scores, needs_scores, owl
-from resu.pruning.allocation.owl import block_of, outlier_share
+from resu.pruning.allocation.outliers import block_of, outlier_share
 from resu.pruning.mask_generator import MaskGenerator
 from tests.reference import lamp as lamp_reference
 from tests.reference import owl as owl_reference
@@ -212,6 +212,11 @@ def test_owl_options_out_of_range(options):
 )
 def test_blocks_are_read_from_names(name, block):
     assert block_of(name) == block
+
+
+def test_owl_options_that_are_no_numbers():
+    with pytest.raises(TypeError, match=r"lam must be a number, got '0.1'"):
+        owl(lam="0.1")
 
 
 # -- which look at scores ------------------------------------------------------------------------------

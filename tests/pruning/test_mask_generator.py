@@ -220,7 +220,11 @@ def test_bad_input_is_said_at_once():
     with pytest.raises(ValueError, match="matches no weight"):
         MaskGenerator(network(), 0.5, exclude="head")
     with pytest.raises(ValueError, match="unknown distribution"):
-        MaskGenerator(network(), 0.5, distribution="even").generate_masks()
+        MaskGenerator(network(), 0.5, distribution="even")
+    with pytest.raises(TypeError, match="distribution must be a name or a function"):
+        MaskGenerator(network(), 0.5, distribution=["erk"])
+    with pytest.raises(TypeError, match=r"give \{glob: sparsity\} as the sparsity"):
+        MaskGenerator(network(), 0.5, distribution={"2": 0.5})
 
 
 def test_input_nan_weights_are_an_error_that_names_the_layer():

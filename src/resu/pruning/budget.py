@@ -84,8 +84,14 @@ def plan_budget(
         {'fc1.weight': 64}
     """
     names = list(names)
+    if isinstance(distribution, Mapping):
+        raise TypeError("give {glob: sparsity} as the sparsity, not as the distribution")
     if isinstance(distribution, str):
         allocations[distribution]
+    elif distribution is not None and not callable(distribution):
+        raise TypeError(
+            f"distribution must be a name or a function, got {distribution!r}; names: {', '.join(allocations)}"
+        )
     if isinstance(pattern, NM) and distribution is not None:
         raise ValueError(
             f"{pattern.n}:{pattern.m} keeps {pattern.n} of {pattern.m} in every layer, so there is nothing for "

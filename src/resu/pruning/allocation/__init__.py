@@ -13,7 +13,7 @@ from resu.pruning.allocation.base import (
     match_sparsities,
     needs_scores,
 )
-from resu.pruning.allocation.owl import owl
+from resu.pruning.allocation.outliers import owl
 from resu.pruning.allocation.ranking import global_masks
 from resu.pruning.allocation.shapes import erdos_renyi_densities
 

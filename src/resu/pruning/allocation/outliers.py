@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ def owl(M: float = 5.0, lam: float = 0.08, *, blocks: Callable[[str], str] = blo
         A function that goes wherever a distribution is taken.
 
     Raises:
+        TypeError: If an option is no number.
         ValueError: On options out of range; when called, on scores that are missing, negative or not finite.
 
     Example:
@@ -60,6 +62,9 @@ def owl(M: float = 5.0, lam: float = 0.08, *, blocks: Callable[[str], str] = blo
         >>> allocate(owl(lam=0.1), {name: s.shape for name, s in scores.items()}, 0.5, scores)
         {'0.weight': 40, '1.weight': 60}
     """
+    for name, value in (("M", M), ("lam", lam)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not M > 0:
         raise ValueError(f"M must be positive, got {M!r}; an outlier exceeds M times the mean score")
     if not 0 <= lam < 0.5:
