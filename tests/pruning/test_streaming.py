@@ -231,3 +231,12 @@ def test_progress_reaches_its_end(state):
     compute_masks_for_state_dict(state, 0.5, progress=lambda *step: said.append(step), workers=2)
     total = sum(state[n].numel() for n in LAYERS)
     assert said[-1] == (total, total, "masks")
+
+
+def test_input_what_is_no_state_dict(tmp_path):
+    with pytest.raises(TypeError, match="state_dict or a path"):
+        compute_masks_for_state_dict([1], 0.5)
+    with pytest.raises(ValueError, match=r"'a\.weight' is on the meta device"):
+        compute_masks_for_state_dict({"a.weight": torch.ones(2, 2, device="meta")}, 0.5)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        compute_masks_for_state_dict({"a.weight": torch.ones(2, 2)}, 0.5, into=tmp_path / "no" / "m.safetensors")

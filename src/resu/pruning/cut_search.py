@@ -242,9 +242,11 @@ class _Search:
         ordered = np.sort(np.concatenate(parts))[::-1]
         share = self.keep / total
         middle = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-        # Weights near each other are alike (rows differ in size), so blocks are what varies, not single weights.
+        # Weights near each other are alike (rows and layers differ in size), so blocks are what varies, not single
+        # weights; and as they lie evenly over everything, what counts is how much a block differs from the next.
         each = np.array([np.count_nonzero(part > middle) / len(part) for part in parts])
-        slack = 6 * float(each.std()) / len(parts) ** 0.5 + 8 / len(ordered)
+        apart = (float(np.mean(np.diff(each) ** 2)) / 2) ** 0.5 if len(each) > 1 else 1.0
+        slack = 6 * apart / len(parts) ** 0.5 + 8 / len(ordered)
         first, last = int((share - slack) * len(ordered)), int((share + slack) * len(ordered)) + 1
         high = int(ordered[first]) if first > 0 else FINITE
         low = int(ordered[last]) if last < len(ordered) else -FINITE
@@ -256,7 +258,7 @@ class _Search:
 def _binned(keys: Ints, counts: Ints | None, low: int, high: int, shift: int, size: int) -> Ints:
     inside = (keys >= low) & (keys <= high)
     above = keys > high
-    places = ((keys[inside] - np.int64(low)).view(np.uint64) >> np.uint64(shift)).astype(np.int64)
+    places = ((keys[inside] - np.int64(low)).view(np.uint64) >> np.uint64(shift)).view(np.int64)
     bins = np.bincount(places, None if counts is None else counts[inside], size).astype(np.int64)
     return np.append(bins, np.count_nonzero(above) if counts is None else counts[above].sum())
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from resu.core.io import open_header
 from resu.core.layers import conv1d_globs
 from resu.core.mask import unpack_bits
-from resu.core.mask_files import MASK_HEADER
+from resu.core.mask_files import MASK_HEADER, mask_format
 from resu.core.mask_stream import VERSION, BitWriter, aligned, join_masks, packed_bytes
 from resu.core.pattern import Pattern
 from resu.core.shards import Shards
@@ -159,13 +159,19 @@ def compute_masks_for_state_dict(
         weights: Tensors | Shards = Tensors(tensors)
         shapes = {name: x.shape for name, x in tensors.items()}
         turned = stored_transposed(shapes, transposed)
+    elif not isinstance(state_dict_or_path, (str, os.PathLike)):
+        raise TypeError(f"expected a state_dict or a path, got {type(state_dict_or_path).__name__}")
     else:
         weights = Shards.open(state_dict_or_path)
         shapes = weights.shapes
         turned = stored_transposed(shapes, transposed, weights.folder)
     check_workers(workers)
-    if into is not None and Path(into).exists():
-        raise FileExistsError(f"{into} is there already; remove it or name another file")
+    if into is not None:
+        mask_format(into)
+        if Path(into).exists():
+            raise FileExistsError(f"{into} is there already; remove it or name another file")
+        if not Path(into).absolute().parent.is_dir():
+            raise FileNotFoundError(f"the folder of {into} does not exist; make it first")
     # How often scores are read is known at the end; the bar of counting is one reading long.
     counting = counted_progress(progress, sum(s.numel() for s in shapes.values()), "counting")
     plan = plan_masks(

@@ -55,7 +55,10 @@ class Tensors:
 
     def read(self, name: str) -> Tensor:
         """The tensor itself, on the CPU."""
-        return self.tensors[name].detach().cpu()
+        tensor = self.tensors[name].detach()
+        if tensor.is_meta:
+            raise ValueError(f"{name!r} is on the meta device and has no values")
+        return tensor.cpu()
 
     def chunks(self, name: str, size: int, span: Span | None = None) -> Iterator[Tensor]:
         """Flat elements in order, at most ``size`` at a time."""
