@@ -18,17 +18,9 @@ from resu.formats.compressed_config import layout_of
 from resu.formats.stored import Stored
 from resu.formats.validate import validate
 from resu.integrations.convert import convert
+from tests.formats.helpers import WORDS, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.float8_e4m3fn]
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor):
-    return tensor.contiguous().view(WORDS[tensor.element_size()])
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
 def weights(dtype=torch.float32, pattern=None):
@@ -287,6 +279,8 @@ def test_input_places_that_cannot_be_written_to(source, tmp_path):
         with pytest.raises(FileExistsError):
             convert(source, tmp_path / "taken", "bitmask", overwrite=overwrite)
     assert (tmp_path / "taken" / "thesis.tex").read_text() == "years"
+    with pytest.raises(ValueError, match="holds masks, not weights"):
+        convert(source / "masks.safetensors", tmp_path / "out.safetensors", "dense")
     file = source / "model.safetensors"
     with pytest.raises(ValueError, match=r"is a file and .* a folder"):
         convert(file, tmp_path / "taken", "dense")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from resu.core.io import replacing
-from resu.core.mask_files import read_masks, write_masks
+from resu.core.mask_files import MASK_HEADER, read_masks, write_masks
 from resu.core.shards import INDEX, Shards
 from resu.formats.compressed_config import sparsity_config, with_sparsity_config, without_sparsity_config
 from resu.formats.files import CHECKPOINT_HEADER, load_checkpoint, save_checkpoint
@@ -79,6 +79,8 @@ def convert(
     if source.is_file() and out.suffix != ".safetensors":
         raise ValueError(f"{source} is a file, so the result is one: name a .safetensors file to write, not {out.name}")
     stored = Stored.open(source)
+    if any(MASK_HEADER in metadata for metadata in stored.shards.metadata.values()):
+        raise ValueError(f"{source} holds masks, not weights; give them by --masks with the weights they belong to")
     ours = [file for file, metadata in stored.shards.metadata.items() if CHECKPOINT_HEADER in metadata]
     if ours and source.is_dir():
         raise ValueError(f"{source / ours[0]} is a checkpoint of resu; convert that file")
