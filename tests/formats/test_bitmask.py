@@ -23,7 +23,7 @@ def test_weights_come_back_bit_for_bit(shape, seed, dtype):
     assert mask == SparseMask(keep)
 
 
-def test_trap03_kept_zeros_are_stored():
+def test_trap_03_kept_zeros_are_stored():
     weight = torch.tensor([[0.0, 5.0, 0.0], [0.0, 0.0, 7.0]])
     keep = torch.tensor([[True, True, False], [False, True, True]])
     parts = pack_bitmask(weight, SparseMask(keep))

@@ -194,7 +194,7 @@ def test_stored_weights_are_seen_by_name_whatever_their_layout(tmp_path):
     assert stored.read("head.weight")[1] is None
 
 
-def test_trap03_kept_zeros_and_minus_zeros_come_back(tmp_path):
+def test_trap_03_kept_zeros_and_minus_zeros_come_back(tmp_path):
     weight = torch.tensor([[0.0, -0.0, 0.0, 7.0], [-0.0, 0.0, 0.0, 0.0]])
     keep = torch.tensor([[True, True, False, False], [True, False, False, True]])
     weight[0, 3] = -0.0  # pruned
@@ -205,7 +205,7 @@ def test_trap03_kept_zeros_and_minus_zeros_come_back(tmp_path):
         assert torch.equal(torch.signbit(back["weight"]), torch.signbit(weight) & keep)
 
 
-def test_trap41_ties_are_stored_once_and_come_back_as_ties(tmp_path):
+def test_trap_41_ties_are_stored_once_and_come_back_as_ties(tmp_path):
     weight = torch.arange(1.0, 9.0).view(2, 4)
     keep = weight > 4
     weight[~keep] = 0

@@ -100,7 +100,7 @@ def test_resurrection_layers_come_back_in_their_mode(mode, tmp_path):
     assert torch.equal(model.eval()(x), other.eval()(x))
 
 
-def test_trap41_ties_are_stored_once_and_stay_ties(tmp_path):
+def test_trap_41_ties_are_stored_once_and_stay_ties(tmp_path):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -122,7 +122,7 @@ def test_trap41_ties_are_stored_once_and_stay_ties(tmp_path):
         assert same_state(model, other)
 
 
-def test_trap41_views_of_one_storage_are_saved_apart(tmp_path):
+def test_trap_41_views_of_one_storage_are_saved_apart(tmp_path):
     base = torch.arange(12.0)
     state = {
         "a": base[:6],
@@ -155,7 +155,7 @@ def test_every_dtype_comes_back(dtype, tmp_path):
 )
 @given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), seed=st.integers(0, 99))
 @settings(max_examples=15)
-def test_trap03_every_bit_of_masked_weights_comes_back(layout, dtype, shape, seed, tmp_path_factory):
+def test_trap_03_every_bit_of_masked_weights_comes_back(layout, dtype, shape, seed, tmp_path_factory):
     path = tmp_path_factory.mktemp("c") / "m.safetensors"
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(shape, generator=generator) < 0.6
@@ -170,7 +170,7 @@ def test_trap03_every_bit_of_masked_weights_comes_back(layout, dtype, shape, see
     assert found.masks == {"a.weight": SparseMask(keep)}
 
 
-def test_trap27_a_run_goes_on_from_one_file_bit_for_bit(tmp_path):
+def test_trap_27_a_run_goes_on_from_one_file_bit_for_bit(tmp_path):
     def start():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -248,7 +248,7 @@ def test_a_file_that_is_there_is_not_replaced_unasked(tmp_path):
 
 
 @pytest.mark.parametrize("other", [nn.Linear(16, 6), nn.Sequential(nn.Conv2d(1, 4, 3)), nn.Sequential(nn.Linear(4, 4))])
-def test_trap39_a_file_that_does_not_fit_changes_nothing(other, tmp_path):
+def test_trap_39_a_file_that_does_not_fit_changes_nothing(other, tmp_path):
     save_checkpoint(network(), tmp_path / "m.safetensors")
     before = copy.deepcopy(other)
     with pytest.raises(ValueError, match="does not fit the model"):
@@ -256,7 +256,7 @@ def test_trap39_a_file_that_does_not_fit_changes_nothing(other, tmp_path):
     assert same_state(other, before)
 
 
-def test_trap39_part_of_a_fitting_state_is_not_loaded(tmp_path):
+def test_trap_39_part_of_a_fitting_state_is_not_loaded(tmp_path):
     save_checkpoint(network(), tmp_path / "m.safetensors")
     other = network()
     other[5] = nn.Linear(6, 4)
@@ -266,7 +266,7 @@ def test_trap39_part_of_a_fitting_state_is_not_loaded(tmp_path):
     assert same_state(other, before)
 
 
-def test_trap39_whatever_interrupts_the_loading_nothing_is_loaded(tmp_path):
+def test_trap_39_whatever_interrupts_the_loading_nothing_is_loaded(tmp_path):
     class Odd(nn.Linear):
         broken = False
 

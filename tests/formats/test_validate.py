@@ -127,7 +127,7 @@ def test_progress_is_told(model):
     assert [(done, total) for done, total, _ in told] == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_trap08_minus_zeros_are_zeros_and_are_told(model):
+def test_trap_08_minus_zeros_are_zeros_and_are_told(model):
     change(model, fc1_weight=lambda w: torch.where(w == 0, -0.0, w))
     found = validate(model)
     assert found["ok"]
@@ -237,7 +237,7 @@ def test_weights_of_every_dtype_are_checked(dtype):
     assert check_weight(torch.tensor([[5.0, -0.0, 0.0]]).to(dtype), mask) == ([], minus)
 
 
-def test_trap10_ties_that_have_come_apart(tmp_path):
+def test_trap_10_ties_that_have_come_apart(tmp_path):
     table = torch.randn(6, 4)
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
     names = ("model.embed_tokens.weight", "lm_head.weight")

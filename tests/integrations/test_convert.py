@@ -154,7 +154,7 @@ def test_minus_zeros_that_are_pruned_become_zeros(tmp_path):
     assert all(same_bits(found[name], state[name]) for name in state)
 
 
-def test_trap41_ties_stay_ties(tmp_path):
+def test_trap_41_ties_stay_ties(tmp_path):
     weight = torch.arange(1.0, 9.0).view(2, 4) * torch.tensor([1.0, 0.0, 0.0, 1.0])
     state = {"wte.weight": weight, "head.weight": weight}
     write_compressed(state, {"wte.weight": weight != 0}, tmp_path / "source")

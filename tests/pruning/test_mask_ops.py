@@ -95,7 +95,7 @@ def test_statistics_are_sums_and_means():
 # -- applying ------------------------------------------------------------------------------------------
 
 
-def test_trap08_applied_masks_leave_positive_zeros_and_kept_values():
+def test_trap_08_applied_masks_leave_positive_zeros_and_kept_values():
     model = nn.Sequential(nn.Linear(4, 3))
     before = model[0].weight.detach().clone()
     mask = torch.rand(3, 4) < 0.5
