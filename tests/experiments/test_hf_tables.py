@@ -41,9 +41,9 @@ def test_rows_come_in_order_with_mean_and_spread():
     lines = table(RUNS, STORIES, lambda setting: True).splitlines()
     assert lines[0] == "| stories260K: perplexity (lower is better), dense 1.5 | 50 % | 2:4 |"
     assert lines[2:] == [
-        "| random | 4.32e+03 | – |",
+        "| random | 4,320 | – |",
         "| magnitude | 14.25 | 88.00 |",
-        "| wanda | 10.00 ± 1 | – |",
+        "| wanda | 10.00 ± 1.00 | – |",
         "| wanda + dsnot | 8.50 | – |",
         "| magnitude (lamp) | 12.00 | – |",
     ]

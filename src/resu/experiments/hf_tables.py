@@ -82,12 +82,20 @@ class Run:
         return Setting(self.method, self.refine, self.update, self.distribution)
 
 
+def _number(value: float, digits: int) -> str:
+    """``digits`` after the point, fewer where the number is large: 9.24, 107, 7,410."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.{digits}f}"
+
+
 def _cell(values: Sequence[float], metric: str) -> str:
+    """Mean and, where runs differ, their standard deviation."""
     if not values:
         return "–"
-    mean = fmean(values)
-    shown = f"{mean:.3f}" if metric == "cosine" else f"{mean:.2f}" if mean < 100 else f"{mean:.3g}"
-    return f"{shown} ± {stdev(values):.2g}" if len(values) > 1 and stdev(values) > 0 else shown
+    digits = 3 if metric == "cosine" else 2
+    mean, spread = fmean(values), stdev(values) if len(values) > 1 else 0.0
+    # To the mean's last place.
+    deviation = f" ± {_number(spread, 0 if mean >= 100 else digits)}" if spread else ""
+    return _number(mean, digits) + deviation
 
 
 def table(runs: Sequence[Run], model: str, keep: Callable[[Setting], bool]) -> str:
