@@ -33,7 +33,7 @@ __all__ = ["ALLOCATIONS", "SCORES", "Result", "main", "recalibrate", "study"]
 SCORES = ("magnitude", "taylor", "wanda", "ria", "random")
 ALLOCATIONS = ("uniform", "erk", "global")
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
-SCAN = (0.5, 0.7, 0.8, 0.9, 0.95)
+SCAN = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 Job = tuple[str, str, float, int]  # score, allocation, sparsity, seed
 
