@@ -1,13 +1,11 @@
 """The streamed top-k equals the one in memory, position by position, whatever the sample said."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resu.core.counting import keep_count, pruned_count
-from resu.core.score_keys import FINITE, INFINITE, has_keys, narrow, score_keys, value_of, wide_keys
 from resu.pruning.allocation import global_masks
 from resu.pruning.cut_search import find_cuts
 from resu.pruning.cuts import Reading
@@ -137,34 +135,3 @@ def test_integer_scores_count_exactly_or_are_refused():
     assert {n: int(m.sum()) for n, m in masks_of(cuts, scores).items()} == {"a": 3, "b": 2}
     with pytest.raises(ValueError, match="2\\^53"):
         find_cuts(InMemory({"a": torch.tensor([2**60, 2**60 + 1])}), ["a"], 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_keys_have_the_order_of_the_numbers(dtype):
-    values = torch.cat([torch.randn(2000, dtype=torch.float64), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e4, -3e4])])
-    x = values.to(dtype)
-    keys, wide = score_keys(x), wide_keys(score_keys(x), dtype)
-    order = np.argsort(x.double().numpy(), kind="stable")
-    assert (np.diff(keys[order].astype(np.int64)) >= 0).all()
-    assert ((np.diff(keys[order].astype(np.int64)) == 0) == (np.diff(x.double().numpy()[order]) == 0)).all()
-    assert [value_of(int(k)) for k in wide[:50]] == x.double().tolist()[:50]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=200)
-@given(value=st.floats(allow_nan=False, allow_infinity=False))
-def test_narrow_is_the_nearest_number_below_and_above(dtype, value):
-    key = int(score_keys(torch.tensor([value], dtype=torch.float64))[0])
-    low, high = narrow(key, dtype), narrow(key, dtype, up=True)
-    kind = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
-    below, above = (int(wide_keys(np.array([k], dtype=kind), dtype)[0]) for k in (low, high))
-    assert below <= key <= above
-    assert high - low == (below != key)
-    assert abs(low) <= INFINITE[dtype]
-    assert abs(key) <= FINITE
-
-
-def test_only_floats_of_two_bytes_and_more_have_keys():
-    assert [has_keys(d) for d in DTYPES] == [True] * 4
-    assert not has_keys(torch.float8_e4m3fn)
-    assert not has_keys(torch.int32)
