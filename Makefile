@@ -2,10 +2,10 @@
 PYTHON ?= .venv/bin/python
 RUN = CI_PYTHON=$(PYTHON) bash .ci/run
 
-.PHONY: check test lint types floors docs examples quickstart format
+.PHONY: check test lint types floors docs examples quickstart compat format
 
 check: ## everything CI runs, without making a new environment
-	$(RUN) lint types floors docs quickstart test
+	$(RUN) lint types floors docs quickstart compat test
 
 test:
 	$(RUN) test
@@ -27,6 +27,9 @@ examples:
 
 quickstart:
 	$(RUN) quickstart
+
+compat:
+	$(RUN) compat
 
 format:
 	$(PYTHON) -m ruff format .
