@@ -353,6 +353,7 @@ def test_calibration_may_be_a_generator_one_tensor_or_one_mapping():
         ({"update": "obs"}, ValueError, "update is None or 'sparsegpt', got 'obs'"),
         ({"method": "taylor", "calibration": inputs()}, ValueError, "method 'taylor' needs gradients; pass loss_fn"),
         ({"calibration": "wiki.txt", "method": "wanda"}, TypeError, "iterable of batches, got 'wiki.txt'"),
+        ({"calibration": 3, "method": "wanda"}, TypeError, "iterable of batches, got int"),
         ({"sparsity": 1.0}, ValueError, r"sparsity must lie in \[0, 1\)"),
         ({"sparsity": 50}, ValueError, "a percentage"),
         ({"sparsity": "0.5"}, TypeError, "sparsity must be a number"),

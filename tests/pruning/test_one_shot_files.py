@@ -144,6 +144,17 @@ def test_methods_without_calibration_leave_nothing_there(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_warning_that_is_an_error_loses_nothing(tmp_path):
+    options = {"sparsity": 0.5, "method": "wanda", "calibration": [{"input_ids": torch.zeros(1, 1, dtype=torch.long)}]}
+    whole, model = hf_models.mixtral(), hf_models.mixtral()
+    with pytest.warns(UserWarning, match="saw no input"):
+        expected = prune_model(whole, **options)
+    for _ in range(2):  # one in each block
+        with pytest.raises(UserWarning, match="saw no input"):
+            prune_model(model, **options, checkpoint=tmp_path)
+    same(model, prune_model(model, **options, checkpoint=tmp_path), whole, expected)
+
+
 def test_blocks_that_share_an_output_are_stored(tmp_path):
     """Two outputs of a block that are views of one tensor."""
 

@@ -108,3 +108,9 @@ def test_ties_are_moved_once():
 def test_the_meta_device_computes_nothing():
     with pytest.raises(ValueError, match="meta device; give 'cpu' or 'cuda'"):
         Placement(nn.Linear(2, 2), "meta")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_said():
+    with pytest.raises(ValueError, match="'cuda' is asked for, and torch sees no CUDA device"):
+        prune_model(nn.Linear(2, 2), 0.5, "wanda", calibration=torch.ones(1, 2), device="cuda")

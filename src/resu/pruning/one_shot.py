@@ -211,6 +211,8 @@ def _batches(calibration: Iterable[Any] | None) -> list[Any] | None:
         )
     if isinstance(calibration, (Tensor, Mapping)):
         return [calibration]  # one batch
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must be an iterable of batches, got {type(calibration).__name__}")
     return list(calibration)
 
 

@@ -126,8 +126,10 @@ class Job:
             if folder is not None:
                 folder.begin(weight_checksums(self.model, self.layers), keeps, decided)
 
+        untold: list[str] = []
+
         def visit(unit: Unit, inputs: Inputs) -> None:
-            decisions, told = {}, [] if unit.chain is None and not unit.layers else inputs.check()
+            decisions, told = {}, inputs.check()
             for name in unit.layers:
                 stats = self._seen(name, inputs)
                 with warnings.catch_warnings(record=True) as caught:
@@ -140,8 +142,7 @@ class Job:
                 self._tell(name)
             self._write(decisions)
             self.warnings += told
-            for text in told:
-                warnings.warn(text, stacklevel=2)
+            untold.extend(told)
 
         def finished(number: int, held: Activations) -> None:
             if folder is not None:
@@ -156,6 +157,9 @@ class Job:
                     held,
                     time.monotonic() - self._started,
                 )
+            # Only now: where warnings are errors, the unit is done and stored all the same.
+            while untold:
+                warnings.warn(untold.pop(0), stacklevel=2)
 
         walk.go(self.recipe.needs & _FROM_INPUTS, visit, start=done, activations=activations, done=finished)
 

@@ -29,6 +29,10 @@ class Placement:
         self.device = home if device is None else torch.device(device)
         if self.device.type == "meta":
             raise ValueError("nothing can be computed on the meta device; give 'cpu' or 'cuda'")
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device {str(self.device)!r} is asked for, and torch sees no CUDA device; leave device out"
+            )
         self.blocks = tuple(blocks)
 
     @contextmanager
