@@ -81,7 +81,7 @@ def test_zeros_are_exact_and_the_end_is_exact_to_one_weight(name, optimizer, dis
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 7, 9])
 @pytest.mark.parametrize("order", ["model first", "sparsifier first"])
-def test_trap27_resume_is_bit_exact(name, cut, order):
+def test_trap_27_resume_is_bit_exact(name, cut, order):
     whole = Run(name).finish()
     first = Run(name).finish(cut)
     saved = copy.deepcopy((first.model.state_dict(), first.optimizer.state_dict(), first.sparsifier.state_dict()))
@@ -111,13 +111,13 @@ def test_states_are_safe_to_load(name, tmp_path):
     assert other.sparsifier.masks == run.sparsifier.masks
 
 
-def test_trap26_runs_with_one_seed_are_one_run(name):
+def test_trap_26_runs_with_one_seed_are_one_run(name):
     first, second = Run(name, seed=3).finish(), Run(name, seed=3).finish()
     assert first.sparsifier.masks == second.sparsifier.masks
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
 
 
-def test_trap28_masks_hold_after_the_schedule_under_the_next_optimizer(name):
+def test_trap_28_masks_hold_after_the_schedule_under_the_next_optimizer(name):
     run = Run(name).finish()
     before = run.sparsifier.masks
     run.optimizer = OPTIMIZERS["sgd"](run.model.parameters())
@@ -126,7 +126,7 @@ def test_trap28_masks_hold_after_the_schedule_under_the_next_optimizer(name):
     assert run.sparsifier.masks == before
 
 
-def test_trap29_a_commit_leaves_exact_zeros_and_no_hooks(name):
+def test_trap_29_a_commit_leaves_exact_zeros_and_no_hooks(name):
     run = Run(name).finish()
     masks = run.sparsifier.commit()
     for key, mask in masks.items():

@@ -103,7 +103,7 @@ def make(request):
     return OPTIMIZERS[request.param]
 
 
-def test_trap14_pruned_positions_stay_positive_zero(make):
+def test_trap_14_pruned_positions_stay_positive_zero(make):
     p, mask = parameter(), mask_of()
     optimizer = make([p])
     if not isinstance(optimizer, torch.optim.LBFGS):
@@ -116,7 +116,7 @@ def test_trap14_pruned_positions_stay_positive_zero(make):
     assert not torch.equal(p.detach()[mask.mask], before[mask.mask])
 
 
-def test_trap14_frozen_positions_keep_their_bits(make):
+def test_trap_14_frozen_positions_keep_their_bits(make):
     p, mask = parameter(), mask_of()
     optimizer = make([p])
     if not isinstance(optimizer, torch.optim.LBFGS):
@@ -132,7 +132,7 @@ def test_trap14_frozen_positions_keep_their_bits(make):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])  # computes its own gradients
-def test_trap14_a_gradient_from_before_is_not_applied(name):
+def test_trap_14_a_gradient_from_before_is_not_applied(name):
     p, mask = parameter(), mask_of()
     optimizer = OPTIMIZERS[name]([p])
     p.grad = torch.ones(SHAPE)
@@ -153,7 +153,7 @@ def test_two_constraints_on_one_weight_hold_all_of_it(make):
 
 
 @pytest.mark.parametrize("kind", ["zero", "frozen"])
-def test_trap16_the_gradient_at_held_positions_is_zero_and_nan_does_not_survive(kind):
+def test_trap_16_the_gradient_at_held_positions_is_zero_and_nan_does_not_survive(kind):
     p, mask = parameter(), mask_of()
     constraint = Constraint(p, mask, kind)
     held = constraint.held()
@@ -183,7 +183,7 @@ def test_a_weight_that_learns_to_require_gradients_later_is_held():
         assert torch.equal(bits(p)[constraint.held()], before[constraint.held()])
 
 
-def test_trap20_closures_are_called_as_the_optimizer_wants():
+def test_trap_20_closures_are_called_as_the_optimizer_wants():
     p, mask = parameter(), mask_of()
     Constraint(p, mask).enforce()
     optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9)
@@ -205,7 +205,7 @@ def test_trap20_closures_are_called_as_the_optimizer_wants():
 
 @pytest.mark.parametrize("kind", ["zero", "frozen"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_trap21_a_step_that_found_inf_changes_nothing(kind, fused):
+def test_trap_21_a_step_that_found_inf_changes_nothing(kind, fused):
     p, mask = parameter(), mask_of()
     Constraint(p, mask, kind).enforce()
     optimizer = torch.optim.AdamW([p], lr=0.1, fused=fused)
@@ -225,7 +225,7 @@ def test_trap21_a_step_that_found_inf_changes_nothing(kind, fused):
             assert not torch.equal(bits(p), before)
 
 
-def test_trap23_gradients_accumulate_at_free_positions_only():
+def test_trap_23_gradients_accumulate_at_free_positions_only():
     p, mask = parameter(), mask_of()
     Constraint(p, mask)
     for _ in range(3):
@@ -233,7 +233,7 @@ def test_trap23_gradients_accumulate_at_free_positions_only():
     assert torch.equal(p.grad, 3 * mask.mask.float())
 
 
-def test_trap28_it_holds_under_the_optimizer_of_the_next_run():
+def test_trap_28_it_holds_under_the_optimizer_of_the_next_run():
     p, mask = parameter(), mask_of()
     Constraint(p, mask).enforce()
     for make in (OPTIMIZERS["sgd momentum"], OPTIMIZERS["adamw"]):

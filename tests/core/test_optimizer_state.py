@@ -20,7 +20,7 @@ NAMES = {
 
 @pytest.mark.parametrize("as_indices", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_trap15_every_state_tensor_of_the_weights_shape_is_cleared(name, as_indices):
+def test_trap_15_every_state_tensor_of_the_weights_shape_is_cleared(name, as_indices):
     make, names = NAMES[name]
     p, other = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4, 6))
     optimizer = make([p, other])

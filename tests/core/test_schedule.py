@@ -18,7 +18,7 @@ values = st.floats(0, 0.99)
     length=st.integers(0, 100),
     name=st.sampled_from(list(schedules)),
 )
-def test_trap19_ramps_begin_and_end_bit_exactly_and_never_turn(start, end, begin, length, name):
+def test_trap_19_ramps_begin_and_end_bit_exactly_and_never_turn(start, end, begin, length, name):
     ramp = schedules[name](start, end, begin, begin + length)
     assert ramp(begin + length) == ramp(begin + length + 1000) == end
     if length:

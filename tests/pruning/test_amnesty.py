@@ -105,7 +105,7 @@ def layer_in(mode, make=lambda: RESULinear(12, 8)):
 
 @pytest.mark.parametrize("mode", ["RESU", "QRESU", "QRESU_SELECTIVE"])
 @pytest.mark.parametrize("make", [lambda: RESULinear(12, 8), lambda: RESUConv2d(4, 6, 3)], ids=["linear", "conv"])
-def test_trap29_a_commit_leaves_the_exact_sparsity_and_true_zeros(mode, make):
+def test_trap_29_a_commit_leaves_the_exact_sparsity_and_true_zeros(mode, make):
     layer = layer_in(mode, make)
     old, merged = layer.mask, layer.effective_weight().detach().clone()
     amnesty = Amnesty(AmnestyConfig(0.3, 0.3, 1))
@@ -126,7 +126,7 @@ def test_trap29_a_commit_leaves_the_exact_sparsity_and_true_zeros(mode, make):
     }
 
 
-def test_trap15_state_of_every_position_that_changed_sides_is_cleared():
+def test_trap_15_state_of_every_position_that_changed_sides_is_cleared():
     layer = layer_in("RESU")
     optimizer = torch.optim.Adam([layer.weight], lr=1e-3)
     for _ in range(3):

@@ -101,7 +101,7 @@ def test_hessians_of_other_convolutions_give_the_energy_of_the_output(conv, shap
     torch.testing.assert_close(energy, y.square().sum(dim=1).detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_trap32_half_precision_inputs_do_not_overflow():
+def test_trap_32_half_precision_inputs_do_not_overflow():
     """The squares of what fp16 (or bf16) can hold are far beyond it, and those of bf16 beyond float32 too."""
     model = nn.Sequential(nn.Linear(2, 2)).half()
     stats = collect(model, select(model), [torch.full((1000, 2), 60000.0, dtype=torch.float16)], BOTH)["0.weight"]
@@ -236,7 +236,7 @@ def test_weights_that_are_copied_or_cut_are_refused():
             collect(model, select(model, stacks=True), [torch.randn(3, 7, 8)], forward=lambda m, b: m["experts"](b))
 
 
-def test_trap31_an_expert_without_tokens_is_named_and_falls_back_to_magnitude():
+def test_trap_31_an_expert_without_tokens_is_named_and_falls_back_to_magnitude():
     model = hf_models.mixtral(layers=1)
     layers, _ = pruning_targets(model)
     batches = [{"input_ids": torch.zeros(1, 1, dtype=torch.long)}]  # one token reaches two of four experts
@@ -259,7 +259,7 @@ def test_trap31_an_expert_without_tokens_is_named_and_falls_back_to_magnitude():
 
 @pytest.mark.parametrize("make", [hf_models.llama, hf_models.mixtral, hf_models.gpt_oss, hf_models.gpt2])
 @pytest.mark.parametrize("left", [False, True])
-def test_trap30_padding_counts_nowhere_not_even_behind_a_router(make, left):
+def test_trap_30_padding_counts_nowhere_not_even_behind_a_router(make, left):
     model = make()
     padded, alone = hf_models.padded_and_not(left=left)
     if left and make is hf_models.gpt2:  # absolute positions: the same texts have to stand where they stood alone
@@ -272,7 +272,7 @@ def test_trap30_padding_counts_nowhere_not_even_behind_a_router(make, left):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_trap30_experts_that_are_modules_see_no_padding_either():
+def test_trap_30_experts_that_are_modules_see_no_padding_either():
     class Routed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -295,7 +295,7 @@ def test_trap30_experts_that_are_modules_see_no_padding_either():
         agree(stats[f"experts.{e}.weight"], real[(real[:, 0] > 0) == bool(e)].relu())
 
 
-def test_trap30_rows_that_a_router_sorted_by_expert_are_followed():
+def test_trap_30_rows_that_a_router_sorted_by_expert_are_followed():
     """The way of grouped products: all rows in the order of their experts, which a permutation says."""
 
     class Sorted(nn.Module):
@@ -343,7 +343,7 @@ def test_rows_that_cannot_be_followed_are_said(how):
         collect(model, select(model), [{"x": torch.randn(2, 3, 4), "attention_mask": mask}])
 
 
-def test_trap34_masks_of_every_kind_or_none():
+def test_trap_34_masks_of_every_kind_or_none():
     x = torch.randn(2, 4, 3)
     real = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     causal = torch.ones(4, 4, dtype=torch.bool).tril() & real[:, None, :] & real[:, :, None]

@@ -212,7 +212,7 @@ def test_ties_are_kept_and_what_is_left_out_is_said():
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("make", [hf_models.llama, hf_models.mixtral])
-def test_trap30_padding_changes_no_mask(make, method):
+def test_trap_30_padding_changes_no_mask(make, method):
     padded, alone = hf_models.padded_and_not()
     masks = []
     for batches in (padded, alone):
@@ -224,7 +224,7 @@ def test_trap30_padding_changes_no_mask(make, method):
         assert torch.equal(mask, masks[1][name]), name
 
 
-def test_trap31_experts_without_tokens_are_pruned_by_magnitude_and_reported():
+def test_trap_31_experts_without_tokens_are_pruned_by_magnitude_and_reported():
     name, batches = "model.layers.0.mlp.experts.gate_up_proj", [{"input_ids": torch.zeros(1, 1, dtype=torch.long)}]
     model = hf_models.mixtral(layers=1)
     before = model.model.layers[0].mlp.experts.gate_up_proj.detach().clone()
@@ -244,7 +244,7 @@ def test_trap31_experts_without_tokens_are_pruned_by_magnitude_and_reported():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_trap32_half_precision_activations_do_not_overflow():
+def test_trap_32_half_precision_activations_do_not_overflow():
     x = (inputs(rows=400)[0] * 20000).clamp(-60000, 60000).half()
     for method in ("wanda", "sparsegpt"):
         model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).half()
@@ -254,7 +254,7 @@ def test_trap32_half_precision_activations_do_not_overflow():
         assert all(0 < layer["error"] < 1 for layer in result.report["layers"])
 
 
-def test_trap34_no_attention_mask_is_no_crash():
+def test_trap_34_no_attention_mask_is_no_crash():
     ids = hf_models.token_batches(1)[0]["input_ids"]
     masks = []
     for attention in ({}, {"attention_mask": None}, {"attention_mask": torch.ones_like(ids)}):

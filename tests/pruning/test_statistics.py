@@ -78,7 +78,7 @@ def test_unbatched_images_and_single_rows():
     assert norms(nn.Sequential(nn.Linear(2, 1)), [torch.tensor([3.0, 0.0])])["0.weight"].tolist() == [3.0, 0.0]
 
 
-def test_trap32_half_precision_sums_do_not_overflow():
+def test_trap_32_half_precision_sums_do_not_overflow():
     model = nn.Sequential(nn.Linear(2, 2)).half()
     result = norms(model, [torch.full((1000, 2), 60000.0, dtype=torch.float16)])["0.weight"]
     assert result.dtype == torch.float32
@@ -101,7 +101,7 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_trap30_padding_tokens_do_not_count(flat):
+def test_trap_30_padding_tokens_do_not_count(flat):
     model = Tokens()
     x, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     if flat:
@@ -110,13 +110,13 @@ def test_trap30_padding_tokens_do_not_count(flat):
     assert torch.allclose(result, x[mask.bool()].norm(dim=0))
 
 
-def test_trap34_no_attention_mask_is_no_crash():
+def test_trap_34_no_attention_mask_is_no_crash():
     x = torch.randn(2, 4, 3)
     for batch in ({"x": x}, {"x": x, "attention_mask": None}):
         assert torch.allclose(norms(Tokens(), [batch])["fc.weight"], x.reshape(-1, 3).norm(dim=0))
 
 
-def test_trap31_an_expert_without_tokens_is_said_and_not_nan():
+def test_trap_31_an_expert_without_tokens_is_said_and_not_nan():
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()

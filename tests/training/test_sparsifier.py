@@ -111,7 +111,7 @@ def test_resume_equals_uninterrupted(rule: str, cut: int) -> None:
             assert torch.equal(a, b), order
 
 
-def test_trap19_gradual_pruning_ends_exactly_and_only_removes() -> None:
+def test_trap_19_gradual_pruning_ends_exactly_and_only_removes() -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     rule = Magnitude(sparsity=0.9, begin_step=0, end_step=23, interval=5)
@@ -204,7 +204,7 @@ def test_dormant_resurrection_elementwise(gamma: float) -> None:
     zeros_are_exact(model, sparsifier)
 
 
-def test_trap15_state_of_changed_positions_is_zero() -> None:
+def test_trap_15_state_of_changed_positions_is_zero() -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True)
     sparsifier = Sparsifier(model, optimizer, Magnitude(sparsity=0.9, begin_step=10), distribution="uniform")
@@ -216,7 +216,7 @@ def test_trap15_state_of_changed_positions_is_zero() -> None:
             assert (state[key][mask.mask] != 0).any()
 
 
-def test_trap21_a_skipped_amp_step_moves_nothing() -> None:
+def test_trap_21_a_skipped_amp_step_moves_nothing() -> None:
     for fused in (False, True):
         model = mlp()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
@@ -239,7 +239,7 @@ def test_trap21_a_skipped_amp_step_moves_nothing() -> None:
         zeros_are_exact(model, sparsifier)
 
 
-def test_trap20_closures_and_schedulers_work() -> None:
+def test_trap_20_closures_and_schedulers_work() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
@@ -258,7 +258,7 @@ def test_trap20_closures_and_schedulers_work() -> None:
     zeros_are_exact(model, sparsifier)
 
 
-def test_trap23_micro_batches_are_not_steps() -> None:
+def test_trap_23_micro_batches_are_not_steps() -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())
     sparsifier = Sparsifier(model, optimizer, Magnitude(sparsity=0.5, begin_step=2))
@@ -270,7 +270,7 @@ def test_trap23_micro_batches_are_not_steps() -> None:
     assert sparsifier.step == 2
 
 
-def test_trap28_masks_hold_for_the_next_optimizer_until_commit() -> None:
+def test_trap_28_masks_hold_for_the_next_optimizer_until_commit() -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())
     sparsifier = Sparsifier(model, optimizer, Magnitude(sparsity=0.7, begin_step=5))
