@@ -170,8 +170,9 @@ def compute_structured_mask(
             ``{glob: sparsity}``.
         dim: 0: outputs (rows of a linear layer, filters of a convolution); 1: inputs. Counted in ``[out, in…]`` also
             where a weight is stored the other way round (Hugging Face ``Conv1D``, transposed convolutions).
-        importance_metric: Name of a registered importance. **options: Of :class:`MaskGenerator`: ``distribution``,
-        ``include``, ``exclude``, ``dataloader``, ``loss_fn``, ``seed``.
+        importance_metric: Name of a registered importance.
+        options: Of :class:`MaskGenerator`: ``distribution``, ``include``, ``exclude``, ``dataloader``, ``loss_fn``,
+            ``seed``.
 
     Returns:
         ``{parameter name: bool mask}``, each of the parameter's shape.
