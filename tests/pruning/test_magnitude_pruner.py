@@ -93,7 +93,10 @@ def test_nm_is_legal_and_has_one_sparsity():
     assert int(mask.sum()) == 64
     with pytest.raises(ValueError, match=r"2:4 has sparsity 0\.5 and no other"):
         MagnitudePruner(0.7, pattern="2:4")
-    with pytest.raises(ValueError, match="same sparsity in every layer"):
+    with pytest.raises(ValueError, match=r"2:4 has sparsity 0\.5 and no other"):
+        MagnitudePruner({"*": 0.7}, pattern="2:4")
+    assert MagnitudePruner(None, pattern="1:4").sparsity == 0.75
+    with pytest.raises(ValueError, match="in every layer, so there is nothing for distribution='global'"):
         MagnitudePruner(0.5, scope="global", pattern="2:4")
 
 
@@ -187,6 +190,9 @@ def test_trap_10_a_tie_is_pruned_once():
         ({"sparsity": 1.0}, ValueError, r"must lie in \[0, 1\)"),
         ({"sparsity": -0.1}, ValueError, r"must lie in \[0, 1\)"),
         ({"sparsity": "0.5"}, TypeError, "must be a number"),
+        ({"sparsity": None}, TypeError, "goes with an N:M pattern only"),
+        ({"distribution": "fair"}, ValueError, "unknown distribution 'fair'; known"),
+        ({"distribution": {"0": 0.5}}, TypeError, "as the sparsity, not as the distribution"),
         ({"sparsity": float("nan")}, ValueError, r"must lie in \[0, 1\)"),
         ({"sparsity": 50}, ValueError, "a percentage"),
         ({"sparsity": {"0": 1.5}}, ValueError, "sparsity of '0'"),

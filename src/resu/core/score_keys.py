@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["FINITE", "INFINITE", "has_keys", "narrow", "score_keys", "value_of", "wide_keys"]
+__all__ = ["FINITE", "INFINITE", "has_keys", "narrow", "score_keys", "wide_keys"]
 
 Keys = NDArray[np.signedinteger]
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -57,11 +57,6 @@ def wide_keys(keys: Keys, dtype: torch.dtype) -> NDArray[np.int64]:
         return keys.astype(np.int64, copy=False)
     found: NDArray[np.int64] = score_keys(_numbers(keys, dtype).double())
     return found
-
-
-def value_of(key: int) -> float:
-    """The number with a wide key."""
-    return float(_numbers(np.array([key], dtype=np.int64), torch.float64)[0])
 
 
 def narrow(key: int, dtype: torch.dtype, *, up: bool = False) -> int:

@@ -104,7 +104,7 @@ def prune_checkpoint(
     source, target = Path(source), Path(os.path.realpath(out))
     shards = Shards.open(source)
     _check_places(shards, source, target)
-    config = _config(shards, source, layout)
+    config = _config(source, layout)
     options: dict[str, Any] = {
         "sparsity": sparsity,
         "method": method,
@@ -166,7 +166,7 @@ def _listed(globs: str | Iterable[str] | None) -> list[str] | None:
     return [globs] if isinstance(globs, str) else None if globs is None else list(globs)
 
 
-def _config(shards: Shards, source: Path, layout: str) -> dict[str, Any]:
+def _config(source: Path, layout: str) -> dict[str, Any]:
     """``config.json``, checked to have room for the announcement of a layout."""
     config = read_config(source) if source.is_dir() else {}
     if layout == "bitmask":

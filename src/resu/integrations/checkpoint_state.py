@@ -13,6 +13,7 @@ from resu.core.io import FileFormatError, open_header, replacing, seal_header
 from resu.core.pattern import Pattern
 from resu.core.ranks import Ranks
 from resu.core.shards import Shards
+from resu.pruning.allocation import described
 
 __all__ = ["Work", "settings_of"]
 
@@ -27,7 +28,7 @@ def settings_of(shards: Shards, options: Mapping[str, Any], layout: str) -> dict
         if isinstance(value, Pattern):
             value = str(value)
         elif callable(value):
-            value = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+            value = described(value)
         elif isinstance(value, frozenset):
             value = sorted(value)
         elif isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):

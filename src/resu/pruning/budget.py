@@ -12,7 +12,7 @@ from resu.core.counting import check_sparsity
 from resu.core.pattern import NM, Pattern
 from resu.pruning.allocation import Allocation, allocate, allocations, match_sparsities, needs_scores
 
-__all__ = ["Budget", "plan_budget"]
+__all__ = ["Budget", "check_request", "plan_budget"]
 
 Distribution = str | Allocation
 
@@ -59,31 +59,25 @@ class Budget:
         return {name: self.pattern.reachable(shapes[name], keep) for name, keep in keeps.items()}
 
 
-def plan_budget(
-    names: Iterable[str],
-    sparsity: float | Mapping[str, float] | None,
-    pattern: Pattern,
-    distribution: Distribution | None = None,
-) -> Budget:
-    """Check that sparsity, pattern and distribution go together.
+def check_request(
+    sparsity: float | Mapping[str, float] | None, pattern: Pattern, distribution: Distribution | None = None
+) -> float | Mapping[str, float]:
+    """The sparsity that was asked for, where it goes together with the pattern and the distribution.
 
     Args:
-        names: Parameter names of the layers.
-        sparsity: Fraction removed; or ``{glob: sparsity}``, where the first glob that matches a layer counts and layers
-            matched by none get no mask; None with an N:M pattern: its own.
+        sparsity: Fraction removed; or ``{glob: sparsity}``; None with an N:M pattern: its own.
         pattern: Which positions compete.
         distribution: How one sparsity is divided over layers; None: every layer gets it.
 
     Raises:
         TypeError: If sparsity is no number.
-        ValueError: If it is out of range, a glob matches nothing, a name is unknown, or the combination is impossible:
-            a distribution with a mapping or with N:M, another sparsity than N:M's own.
+        ValueError: If it is out of range, a name is unknown, or the combination is impossible: a distribution with a
+            mapping or with N:M, another sparsity than N:M's own.
 
     Example:
-        >>> plan_budget(["fc1.weight"], None, NM(2, 4)).keeps({"fc1.weight": torch.Size([8, 16])})
-        {'fc1.weight': 64}
+        >>> check_request(None, NM(1, 4))
+        0.75
     """
-    names = list(names)
     if isinstance(distribution, Mapping):
         raise TypeError("give {glob: sparsity} as the sparsity, not as the distribution")
     if isinstance(distribution, str):
@@ -102,17 +96,48 @@ def plan_budget(
             raise TypeError(
                 "sparsity=None goes with an N:M pattern only, which has its own; give the fraction to remove, e.g. 0.5"
             )
-        sparsity = pattern.sparsity
+        return pattern.sparsity
     if isinstance(sparsity, Mapping):
         if distribution is not None:
             raise ValueError(
                 f"a sparsity per layer leaves distribution={distribution!r} nothing to divide; "
                 "give either one sparsity with a distribution or a sparsity per layer"
             )
-        each = match_sparsities(sparsity, names)
+        for glob, value in sparsity.items():
+            check_sparsity(value, f"sparsity of {glob!r}")
     else:
-        each = dict.fromkeys(names, check_sparsity(sparsity))
+        check_sparsity(sparsity)
     if isinstance(pattern, NM):
-        for one in set(each.values()):
-            pattern.keep_for((1, pattern.m), one)  # another sparsity than its own is an error
-    return Budget(pattern, each, distribution, None if isinstance(sparsity, Mapping) else sparsity)
+        for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
+            pattern.keep_for((1, pattern.m), value)  # another sparsity than its own is an error
+    return sparsity
+
+
+def plan_budget(
+    names: Iterable[str],
+    sparsity: float | Mapping[str, float] | None,
+    pattern: Pattern,
+    distribution: Distribution | None = None,
+) -> Budget:
+    """A budget for these layers, of what :func:`check_request` lets through.
+
+    Args:
+        names: Parameter names of the layers.
+        sparsity: As there; of ``{glob: sparsity}`` the first glob that matches a layer counts, and layers matched by
+            none get no mask.
+        pattern: Which positions compete.
+        distribution: How one sparsity is divided over layers; None: every layer gets it.
+
+    Raises:
+        TypeError: As :func:`check_request`.
+        ValueError: As :func:`check_request`, and on a glob that matches nothing.
+
+    Example:
+        >>> plan_budget(["fc1.weight"], None, NM(2, 4)).keeps({"fc1.weight": torch.Size([8, 16])})
+        {'fc1.weight': 64}
+    """
+    names = list(names)
+    asked = check_request(sparsity, pattern, distribution)
+    if isinstance(asked, Mapping):
+        return Budget(pattern, match_sparsities(asked, names), distribution)
+    return Budget(pattern, dict.fromkeys(names, asked), distribution, asked)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from resu.core.counting import check_sparsity
-from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
+from resu.core.pattern import Pattern, Unstructured, get_pattern
 from resu.pruning.allocation import Allocation
+from resu.pruning.budget import check_request
 from resu.pruning.compression import CompressionStats
 from resu.pruning.importance import compute_layer_importance, importances
 from resu.pruning.mask_ops import apply_masks_to_model
@@ -25,7 +26,8 @@ class MagnitudePruner:
     """Prunes a model in place by the size of its weights, with exact counts.
 
     Args:
-        sparsity: Fraction removed, in [0, 1); or ``{glob: sparsity}`` over parameter or module names.
+        sparsity: Fraction removed, in [0, 1); or ``{glob: sparsity}`` over parameter or module names; None with an
+            N:M pattern: its own.
         scope: ``"local"``: every layer loses ``sparsity`` of its weights. ``"global"``: all layers compete in one
             ranking; the total is exact, and each keeps at least one weight.
         pattern: ``"row"``, ``"2:4"``, ``"block:16x1"``, … or a ``Pattern``; None: single weights, compared where the
@@ -41,6 +43,7 @@ class MagnitudePruner:
         seed: Of random scores.
 
     Raises:
+        TypeError: If a sparsity is no number.
         ValueError: On an unknown name (the known ones are listed), a sparsity outside [0, 1), or settings that
             contradict each other.
 
@@ -56,42 +59,29 @@ class MagnitudePruner:
 
     def __init__(
         self,
-        sparsity: float | Mapping[str, float] = 0.5,
+        sparsity: float | Mapping[str, float] | None = 0.5,
         scope: str = "local",
         pattern: Pattern | str | None = None,
         importance: str = "magnitude",
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         *,
-        distribution: str | Mapping[str, float] | Allocation | None = None,
+        distribution: str | Allocation | None = None,
         calibration: Iterable[Any] | None = None,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         if scope not in ("local", "global"):
             raise ValueError(f"scope must be 'local' or 'global', got {scope!r}")
-        if isinstance(sparsity, Mapping):
-            for glob, each in sparsity.items():
-                check_sparsity(each, f"sparsity of {glob!r}")
-        else:
-            check_sparsity(sparsity)
         if scope == "global" and distribution is not None:
             raise ValueError("scope='global' is a distribution itself; give one or the other")
         self.distribution = "global" if scope == "global" else distribution
-        if isinstance(sparsity, Mapping) and self.distribution is not None:
-            raise ValueError("give either one sparsity with a scope or distribution, or a sparsity per layer")
         scored = importances[importance]
         if pattern is None:
             self.pattern: Pattern = Unstructured("tensor" if scope == "global" else scored.scope)
         else:
             self.pattern = get_pattern(pattern)
-        if isinstance(self.pattern, NM):
-            kind = f"{self.pattern.n}:{self.pattern.m}"
-            if self.distribution is not None:
-                raise ValueError(f"{kind} has the same sparsity in every layer; use scope='local' without distribution")
-            if not isinstance(sparsity, Mapping) and abs(sparsity - self.pattern.sparsity) > 1e-9:
-                raise ValueError(f"{kind} has sparsity {self.pattern.sparsity:g} and no other, got {sparsity!r}")
-        self.sparsity = sparsity
+        self.sparsity = check_request(sparsity, self.pattern, self.distribution)
         self.scope = scope
         self.importance = importance
         self.include, self.exclude = _listed(include), _listed(exclude)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from resu.core.counting import check_finite, check_sparsity, largest_remainder
+from resu.core.counting import check_finite, largest_remainder
 from resu.core.pattern import Pattern
-from resu.pruning.allocation import Allocation, allocate, match_sparsities
+from resu.pruning.allocation import Allocation
+from resu.pruning.budget import plan_budget
 
 __all__ = ["choose_masks"]
 
@@ -18,7 +19,7 @@ def choose_masks(
     scores: Mapping[str, Tensor],
     sparsity: float | Mapping[str, float],
     pattern: Pattern,
-    distribution: str | Mapping[str, float] | Allocation | None = None,
+    distribution: str | Allocation | None = None,
     within: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The masks that keep the highest scores, exact in count, and keep nothing that ``within`` has pruned.
@@ -46,22 +47,13 @@ def choose_masks(
         >>> choose_masks(scores, 0.5, Unstructured(), within=within)["w"]
         tensor([[False,  True,  True, False]])
     """
-    if isinstance(sparsity, Mapping):
-        if distribution is not None:
-            raise ValueError("give either one sparsity with a distribution or a sparsity per layer")
-        each = match_sparsities(sparsity, scores)
-        scores = {name: scores[name] for name in each}
-    else:
-        each = dict.fromkeys(scores, check_sparsity(sparsity))
+    budget = plan_budget(scores, sparsity, pattern, distribution)
+    scores = {name: scores[name] for name in budget.sparsities}
     for name, score in scores.items():
         check_finite(score, f"scores of {name!r}")
     shapes = {name: score.shape for name, score in scores.items()}
     earlier = {name: mask for name, mask in (within or {}).items() if name in scores}
-    if distribution is None:
-        keeps = {name: pattern.keep_for(shape, each[name]) for name, shape in shapes.items()}
-    else:
-        assert not isinstance(sparsity, Mapping)
-        keeps = allocate(distribution, shapes, sparsity, _lowered(scores, earlier))
+    keeps = budget.keeps(shapes, _lowered(scores, earlier) if budget.needs_scores else None)
     left = {name: int(earlier[name].sum()) if name in earlier else math.prod(shapes[name]) for name in shapes}
     if distribution is not None:
         keeps = _capped(keeps, left)

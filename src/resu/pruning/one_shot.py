@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resu.core.counting import check_sparsity
 from resu.core.layers import Layer
-from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
-from resu.pruning.allocation import Allocation, match_sparsities
+from resu.core.pattern import Pattern, Unstructured, get_pattern
+from resu.pruning.allocation import Allocation, described
+from resu.pruning.budget import plan_budget
 from resu.pruning.decisions import Recipe
 from resu.pruning.importance import importances
 from resu.pruning.layerwise import Walk
@@ -120,29 +120,26 @@ def prune_model(
     importance = importances[method]
     chosen = Unstructured(importance.scope) if pattern is None else get_pattern(pattern)
     recipe = Recipe(method, chosen, refine, update, seed)
-    asked = _sparsity(sparsity, chosen, distribution)
     layers, skipped = pruning_targets(model, include, exclude)
     _check_weights(layers)
-    if isinstance(asked, Mapping):
-        each = match_sparsities(asked, layers)
-        skipped |= {name: "matched by no glob of sparsity" for name in layers if name not in each}
-        layers = {name: layers[name] for name in each}
-    else:
-        each = dict.fromkeys(layers, asked)
+    budget = plan_budget(layers, sparsity, chosen, distribution)
+    skipped |= {name: "matched by no glob of sparsity" for name in layers if name not in budget.sparsities}
+    layers = {name: layers[name] for name in budget.sparsities}
     batches = _check_data(recipe, _batches(calibration), loss_fn)
-    job = Job(
-        model, layers, recipe, each, distribution, 0.0 if isinstance(asked, Mapping) else asked, progress=progress
-    )
+    asked = {
+        "method": method,
+        "pattern": repr(chosen),
+        "distribution": described(distribution),
+        "sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else budget.sparsity,
+        "refine": refine,
+        "update": update,
+    }
+    job = Job(model, layers, recipe, budget, progress=progress)
     if "grads" in recipe.needs:
         job.grads = collect(model, layers, batches, {"grads"}, loss_fn=loss_fn)
     if recipe.needs & {"inputs", "hessian"}:
         settings = {
-            "method": method,
-            "pattern": repr(chosen),
-            "distribution": _named(distribution),
-            "sparsity": dict(asked) if isinstance(asked, Mapping) else asked,
-            "refine": refine,
-            "update": update,
+            **asked,
             "seed": seed,
             "blocks": blocks if blocks is None or isinstance(blocks, str) else list(blocks),
             "layers": list(layers),
@@ -155,12 +152,7 @@ def prune_model(
     else:
         job.at_once()
     report = {
-        "method": method,
-        "pattern": repr(chosen),
-        "distribution": _named(distribution),
-        "sparsity": dict(asked) if isinstance(asked, Mapping) else asked,
-        "refine": refine,
-        "update": update,
+        **asked,
         **_totals(model, job.masks),
         "layers": [job.entries[name] for name in layers],
         "skipped": skipped,
@@ -168,27 +160,6 @@ def prune_model(
         "seconds": time.monotonic() - started,
     }
     return PruneResult({name: job.masks[name] for name in layers}, report)
-
-
-def _sparsity(
-    sparsity: float | Mapping[str, float] | None, pattern: Pattern, distribution: str | Allocation | None
-) -> float | Mapping[str, float]:
-    if isinstance(pattern, NM) and distribution is not None:
-        raise ValueError(f"{pattern.n}:{pattern.m} fixes the count of every layer; leave distribution out")
-    if sparsity is None:
-        if not isinstance(pattern, NM):
-            raise TypeError("sparsity must be a number in [0, 1) or {glob: sparsity}; only an N:M pattern has its own")
-        return pattern.sparsity
-    if isinstance(sparsity, Mapping):
-        if distribution is not None:
-            raise ValueError("give either one sparsity with a distribution or a sparsity per layer")
-        for glob, value in sparsity.items():
-            check_sparsity(value, f"sparsity of {glob!r}")
-        return sparsity
-    check_sparsity(sparsity)
-    if isinstance(pattern, NM):
-        pattern.keep_for((1, pattern.m), sparsity)  # an error that says which sparsity it has
-    return sparsity
 
 
 def _check_weights(layers: Mapping[str, Layer]) -> None:
@@ -225,14 +196,6 @@ def _check_data(recipe: Recipe, batches: list[Any] | None, loss_fn: object) -> l
     if "grads" in own and loss_fn is None:
         raise ValueError(f"method {recipe.method!r} needs gradients; pass loss_fn(model, batch) -> loss")
     return batches or []
-
-
-def _named(distribution: str | Mapping[str, float] | Allocation | None) -> Any:
-    if distribution is None or isinstance(distribution, str):
-        return distribution
-    return (
-        dict(distribution) if isinstance(distribution, Mapping) else getattr(distribution, "__qualname__", "function")
-    )
 
 
 def _totals(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, float]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from resu.core.layers import Layer
-from resu.pruning.allocation import Allocation, allocate, needs_scores
 from resu.pruning.blocks import Unit
+from resu.pruning.budget import Budget
 from resu.pruning.decisions import Decision, Recipe, apply_decision, decide, layer_scores
 from resu.pruning.importance import importances
 from resu.pruning.inputs import Inputs
@@ -35,9 +35,7 @@ class Job:
         model: The model.
         layers: What is pruned.
         recipe: How.
-        sparsities: ``{layer: sparsity}``, where no distribution divides a budget.
-        distribution: How ``sparsity`` is divided; None: ``sparsities``.
-        sparsity: Of all layers together, for ``distribution``.
+        budget: How much each layer keeps.
         grads: Gradients of the dense model, for scores that look at them.
         progress: Told ``(layers done, of, name)``.
         masks, entries, warnings: What comes out.
@@ -46,9 +44,7 @@ class Job:
     model: nn.Module
     layers: dict[str, Layer]
     recipe: Recipe
-    sparsities: dict[str, float]
-    distribution: str | Mapping[str, float] | Allocation | None
-    sparsity: float
+    budget: Budget
     grads: Mapping[str, Stats] = field(default_factory=dict)
     progress: Progress | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -64,14 +60,9 @@ class Job:
 
     # -- budgets
 
-    def _ranked(self) -> bool:
-        return needs_scores(self.distribution)
-
     def _keeps(self, scores: Mapping[str, Tensor] | None) -> dict[str, int]:
         shapes = {name: layer.matrix(layer.weight).shape for name, layer in self.layers.items()}
-        if self.distribution is None:
-            return {n: self.recipe.pattern.keep_for(shapes[n], self.sparsities[n]) for n in self.layers}
-        return allocate(self.distribution, shapes, self.sparsity, scores)
+        return self.budget.keeps(shapes, scores)
 
     def _stats(self, name: str) -> Stats:
         return self.grads.get(name, Stats())
@@ -80,8 +71,8 @@ class Job:
 
     def at_once(self) -> None:
         """Scores that need no inputs, and no update: layer after layer."""
-        self._total = len(self.layers) * (2 if self._ranked() else 1)
-        keeps = self._keeps(self._scores_of_weights() if self._ranked() else None)
+        self._total = len(self.layers) * (2 if self.budget.needs_scores else 1)
+        keeps = self._keeps(self._scores_of_weights() if self.budget.needs_scores else None)
         for name, layer in self.layers.items():
             self._write({name: decide(self.recipe, layer, self._stats(name), keeps[name])})
             self._tell(name)
@@ -98,7 +89,7 @@ class Job:
     def walk(self, walk: Walk, folder: OneShotFolder | None) -> None:
         """Block after block; see :mod:`resu.pruning.layerwise`."""
         early = not (_FROM_INPUTS & importances[self.recipe.method].needs)  # scores are those of the dense weights
-        first = self._ranked() and not early
+        first = self.budget.needs_scores and not early
         self._total = len(self.layers) * (2 if first else 1)
         done, activations, decided = 0, None, None
         if folder is not None and folder.exists():
@@ -112,7 +103,7 @@ class Job:
             self._told = len(self.layers) * (1 if first else 0) + len(self.masks)
         else:
             scores = None
-            if self._ranked():
+            if self.budget.needs_scores:
                 scores = self._scores_of_weights_quietly() if early else self._dense_scores(walk)
             keeps = self._keeps(scores)
             if early and self.recipe.needs:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from resu.pruning.allocation import Allocation, allocate, allocations
 
-__all__ = ["check_distribution", "described", "keeps_at"]
+__all__ = ["check_distribution", "keeps_at"]
 
 Distribution = str | Mapping[str, float] | Allocation
 
@@ -39,13 +38,3 @@ def keeps_at(
     if isinstance(distribution, Mapping) and sparsity != final:
         distribution = {glob: round(s * sparsity / final, 12) for glob, s in distribution.items()}
     return allocate(distribution, shapes, sparsity, scores)
-
-
-def described(distribution: Distribution) -> Any:
-    """Plain values that stand for a distribution in a saved state."""
-    if isinstance(distribution, Mapping):
-        return dict(distribution)
-    if isinstance(distribution, str):
-        return distribution
-    # Without its address, which is another in every process.
-    return f"{distribution.__module__}.{getattr(distribution, '__qualname__', type(distribution).__name__)}"

@@ -17,9 +17,9 @@ from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
 from resu.core.randomness import derived_generator
-from resu.pruning.allocation import Allocation, global_masks, needs_scores
+from resu.pruning.allocation import Allocation, described, global_masks, needs_scores
 from resu.training.algorithms.base import Algorithm, View
-from resu.training.budget import check_distribution, described, keeps_at
+from resu.training.budget import check_distribution, keeps_at
 from resu.training.report import LayerReport, SparsityReport
 from resu.training.wrappers import unwrap
 

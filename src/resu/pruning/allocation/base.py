@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ __all__ = [
     "Allocation",
     "allocate",
     "allocations",
+    "described",
     "ignores_scores",
     "layer_sizes",
     "match_sparsities",
@@ -52,6 +54,16 @@ def needs_scores(distribution: str | Mapping[str, float] | Allocation | None) ->
     return not any(function is one for one in _IGNORING)
 
 
+def described(distribution: str | Mapping[str, float] | Allocation | None) -> Any:
+    """Plain JSON that stands for a distribution in a report or a saved state."""
+    if distribution is None or isinstance(distribution, str):
+        return distribution
+    if isinstance(distribution, Mapping):
+        return dict(distribution)
+    # Without its address, which is another in every process.
+    return f"{distribution.__module__}.{getattr(distribution, '__qualname__', type(distribution).__name__)}"
+
+
 def allocate(
     distribution: str | Mapping[str, float] | Allocation,
     shapes: Mapping[str, torch.Size],
@@ -65,9 +77,8 @@ def allocate(
 
     Args:
         distribution: ``"uniform"``, ``"er"``, ``"erk"``, ``"global"``, ``"lamp"``, ``"owl"`` or another registered
-        name; or
-            a mapping ``{glob: sparsity}`` over parameter or module names, where the first glob that matches a layer
-            counts, layers matched by none stay dense, and ``sparsity`` is not used (floor count per layer); or a
+            name; or a mapping ``{glob: sparsity}`` over parameter or module names, where the first glob that matches a
+            layer counts, layers matched by none stay dense, and ``sparsity`` is not used (floor count per layer); or a
             function ``(shapes, sparsity, scores) -> {name: keep}``.
         shapes: Shape of each layer's weight.
         sparsity: Fraction of all weights removed, in [0, 1).

@@ -147,9 +147,6 @@ class _Tally:
     values: NDArray[np.generic]
     counts: NDArray[np.int64]
 
-    def at_least(self, value: float) -> int:
-        return self.above + int(self.counts[np.searchsorted(self.values, value) :].sum())
-
 
 def _tally(scores: Tensor, low: float, high: float, dtype: torch.dtype) -> _Tally:
     above, inside = 0, []
