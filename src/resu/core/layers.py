@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+
+from resu.core.globs import glob_list, glob_matches, listing
 
 __all__ = ["Layer", "conv1d_globs", "every_weight", "select"]
 
@@ -120,10 +121,6 @@ class Layer:
         return int(self.module.groups) if isinstance(self.module, _TRANSPOSED_CONVOLUTIONS) else 1
 
 
-def _matches(pattern: str, name: str, module_name: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(module_name, pattern)
-
-
 def is_conv1d_of_transformers(module: nn.Module) -> bool:
     """Whether a module is Hugging Face's ``Conv1D`` or derived from it: a linear layer that stores ``[in, out]``."""
     return hasattr(module, "nf") and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
@@ -208,18 +205,14 @@ def select(
         (['0.weight', '2.weight'], ['0.weight'])
     """
     everything = every_weight(model)
-    include = [include] if isinstance(include, str) else (None if include is None else list(include))
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
+    include, exclude = glob_list(include), glob_list(exclude) or []
 
     def named(pattern: str, layer: Layer) -> bool:
-        names = (layer.name, *layer.ties)
-        return any(_matches(pattern, n, n.rpartition(".")[0]) for n in names)
+        return any(glob_matches(pattern, name) for name in (layer.name, *layer.ties))
 
     for pattern in [*(include or ()), *exclude]:
         if not any(named(pattern, layer) for layer in everything.values()):
-            raise ValueError(
-                f"the glob {pattern!r} matches no weight of the model; weights are: {_listing(everything)}"
-            )
+            raise ValueError(f"the glob {pattern!r} matches no weight of the model; weights are: {listing(everything)}")
     chosen: dict[str, Layer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in everything.items():
@@ -236,7 +229,7 @@ def select(
     if not chosen:
         raise ValueError(
             "no prunable weight is selected; the model has: "
-            f"{_listing(everything) or 'no parameter with two dimensions or more'}"
+            f"{listing(everything) or 'no parameter with two dimensions or more'}"
         )
     return chosen
 
@@ -252,8 +245,3 @@ def _warn_of_stacks(skipped: Iterable[Layer], exclude: list[str], named: Callabl
             "name them in include, or in exclude to leave them dense",
             stacklevel=3,
         )
-
-
-def _listing(layers: dict[str, Layer], limit: int = 20) -> str:
-    names = list(layers)
-    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from resu.core.globs import glob_list
 from resu.core.mask_stream import packed_bytes
 from resu.core.pattern import Pattern
 from resu.core.ranks import joined
@@ -110,8 +111,8 @@ def prune_checkpoint(
         "method": method,
         "pattern": pattern,
         "distribution": distribution,
-        "include": _listed(include),
-        "exclude": _listed(exclude),
+        "include": glob_list(include),
+        "exclude": glob_list(exclude),
         "transposed": stored_transposed(shards.names, transposed, shards.folder),
         "seed": seed,
     }
@@ -160,10 +161,6 @@ def _check_places(shards: Shards, source: Path, target: Path) -> None:
             f"{source} holds weights in a bitmask layout ({packed[0]}weight), so it is pruned already; make it dense "
             "first"
         )
-
-
-def _listed(globs: str | Iterable[str] | None) -> list[str] | None:
-    return [globs] if isinstance(globs, str) else None if globs is None else list(globs)
 
 
 def _config(source: Path, layout: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resu.core.counting import check_sparsity
+from resu.core.globs import glob_list
 from resu.core.pattern import Pattern, Unstructured, get_pattern
 from resu.pruning.allocation import Allocation
 from resu.pruning.budget import check_request
@@ -84,7 +85,7 @@ class MagnitudePruner:
         self.sparsity = check_request(sparsity, self.pattern, self.distribution)
         self.scope = scope
         self.importance = importance
-        self.include, self.exclude = _listed(include), _listed(exclude)
+        self.include, self.exclude = glob_list(include), glob_list(exclude)
         self.calibration, self.loss_fn, self.seed = calibration, loss_fn, seed
         self.masks: dict[str, Tensor] = {}
         self.skipped: dict[str, str] = {}
@@ -167,7 +168,3 @@ class MagnitudePruner:
             f"importance={self.importance!r}, include={self.include!r}, exclude={self.exclude!r}, "
             f"distribution={self.distribution!r}, seed={self.seed})"
         )
-
-
-def _listed(globs: str | Iterable[str] | None) -> list[str] | None:
-    return None if globs is None else [globs] if isinstance(globs, str) else list(globs)

@@ -6,13 +6,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from resu.core.globs import glob_list, glob_matches
 from resu.core.io import open_header
 from resu.core.layers import conv1d_globs
 from resu.core.mask import unpack_bits
@@ -49,11 +49,11 @@ def stored_transposed(
             raise ValueError(f"{config} is damaged: {error}") from None
         globs: list[str] = list(conv1d_globs(kind))
     else:
-        globs = [transposed] if isinstance(transposed, str) else list(transposed)
+        globs = glob_list(transposed) or []
         for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in names):
+            if not any(glob_matches(glob, name) for name in names):
                 raise ValueError(f"the glob {glob!r} of transposed matches no tensor")
-    return frozenset(name for name in names if any(fnmatchcase(name, glob) for glob in globs))
+    return frozenset(name for name in names if any(glob_matches(glob, name) for glob in globs))
 
 
 def counted_progress(progress: Progress | None, total: int, what: str) -> Callable[[int], None]:

@@ -7,12 +7,12 @@ alone, for checkpoints of which no model is built. Both say what they leave out,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from resu.core.globs import glob_list, glob_matches, listing
 from resu.core.layers import Layer, every_weight, select
 
 __all__ = ["pruning_targets", "state_dict_targets"]
@@ -52,7 +52,7 @@ def pruning_targets(
         >>> skipped
         {'wte.weight': 'embedding', 'lm_head.weight': 'output head', 'norms and biases': '2 vectors, 13 values'}
     """
-    include, exclude = _globs(include), _globs(exclude) or []
+    include, exclude = glob_list(include), glob_list(exclude) or []
     layers = select(model, include, exclude, stacks=True)
     everything = every_weight(model)
     heads = set() if include is not None else {n for n, layer in everything.items() if _is_head(model, layer)}
@@ -63,7 +63,7 @@ def pruning_targets(
     for name, layer in everything.items():
         if name not in chosen:
             names = (name, *layer.ties)
-            left_out = any(_matches(g, n) for g in exclude for n in names)
+            left_out = any(glob_matches(g, n) for g in exclude for n in names)
             skipped[name] = "excluded" if left_out else _reason(layer, name in heads, include is not None)
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return chosen, skipped | _vectors([p.shape for p in vectors])
@@ -137,17 +137,17 @@ def state_dict_targets(
         >>> state_dict_targets(shapes)
         (['fc.weight'], {'wte.weight': 'embedding', 'norms and biases': '1 vector, 4 values'})
     """
-    include, exclude = _globs(include), _globs(exclude) or []
+    include, exclude = glob_list(include), glob_list(exclude) or []
     matrices = {name: shape for name, shape in shapes.items() if len(shape) >= 2 and shape.numel() > 0}
     for glob in [*(include or ()), *exclude]:
-        if not any(_matches(glob, name) for name in matrices):
-            raise ValueError(f"the glob {glob!r} matches no weight of the file; weights are: {_listing(matrices)}")
+        if not any(glob_matches(glob, name) for name in matrices):
+            raise ValueError(f"the glob {glob!r} matches no weight of the file; weights are: {listing(matrices)}")
     chosen, skipped = [], {}
     for name, shape in matrices.items():
         reason = _reason_by_name(name, shape) if include is None else None
-        if include is not None and not any(_matches(g, name) for g in include):
+        if include is not None and not any(glob_matches(g, name) for g in include):
             reason = "not named by include"
-        if any(_matches(g, name) for g in exclude):
+        if any(glob_matches(g, name) for g in exclude):
             reason = "excluded"
         if reason is None:
             chosen.append(name)
@@ -178,15 +178,3 @@ def _reason_by_name(name: str, shape: torch.Size) -> str | None:
     if attribute != "weight" and ((len(shape) == 3 and shape[0] == 1) or sum(n > 1 for n in shape) <= 1):
         return "vector, or one table of positions"
     return None
-
-
-def _globs(globs: str | Iterable[str] | None) -> list[str] | None:
-    return [globs] if isinstance(globs, str) else (None if globs is None else list(globs))
-
-
-def _matches(glob: str, name: str) -> bool:
-    return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
-
-
-def _listing(names: Collection[str], limit: int = 20) -> str:
-    return ", ".join(list(names)[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")

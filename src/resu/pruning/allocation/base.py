@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resu.core.counting import check_sparsity, keep_count
+from resu.core.globs import glob_matches
 from resu.core.registry import Registry
 
 __all__ = [
@@ -146,16 +146,13 @@ def match_sparsities(sparsities: Mapping[str, float], names: Iterable[str]) -> d
     """
     names = list(names)
 
-    def matches(glob: str, name: str) -> bool:
-        return fnmatchcase(name, glob) or fnmatchcase(name.rpartition(".")[0], glob)
-
     if not sparsities:
         raise ValueError("the mapping of sparsities is empty; write for example {'*': 0.5}")
     for glob, value in sparsities.items():
         check_sparsity(value, f"sparsity of {glob!r}")
-        if not any(matches(glob, name) for name in names):
+        if not any(glob_matches(glob, name) for name in names):
             raise ValueError(f"the glob {glob!r} matches no layer; layers are: {', '.join(names)}")
-    found = {name: next((s for glob, s in sparsities.items() if matches(glob, name)), None) for name in names}
+    found = {name: next((s for glob, s in sparsities.items() if glob_matches(glob, name)), None) for name in names}
     return {name: s for name, s in found.items() if s is not None}
 
 
