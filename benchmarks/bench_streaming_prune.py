@@ -6,9 +6,11 @@
 A checkpoint in shards of bf16 and fp32 in turn is generated, and pruned by ``resu`` and, where memory allows, by
 ``torch.nn.utils.prune.global_unstructured`` and ``torch.topk`` (which read all of it, prune, and write it again). Each
 run is a process of its own; its peak memory is the largest resident set the system saw (``VmHWM``), torch's own
-among it. ``copy`` reads and writes every file once, with the same chunks and the same flush to disk: times are given as
-multiples of it, from rounds in which all take turns. On the small checkpoint the positions are compared with those of
-the ranking in memory. Processes are limited to ``--limit`` GB, so that what does not fit fails and takes nothing down.
+among it. ``copy`` reads and writes every file once with a flush to disk. Times are given as multiples of it, round by
+round, with the range over rounds: where ``copy`` itself varies (a shared disk), the ratio says little, and one below 1
+is noise, for pruning reads more than copying does. The source is flushed before the first run and the order rotates, so
+that no run waits for another's bytes. On the small checkpoint the positions are compared with those of the ranking in
+memory. Processes are limited to ``--limit`` GB, so that what does not fit fails and takes nothing down.
 """
 
 from __future__ import annotations
@@ -31,7 +33,18 @@ import torch
 SPARSITY = 0.7
 RUNS = ("copy", "resu", "resu, 2 threads", "global_unstructured", "torch.topk")
 COLUMNS = (
-    *("size_gb", "weights", "run", "seconds", "times_copy", "peak_mb", "kept", "exact_count", "equal_positions"),
+    *(
+        "size_gb",
+        "weights",
+        "run",
+        "seconds",
+        "times_copy",
+        "times_copy_range",
+        "peak_mb",
+        "kept",
+        "exact_count",
+        "equal_positions",
+    ),
     *("note", "rounds", "load", "cpu", "torch"),
 )
 
@@ -59,6 +72,9 @@ def generate(folder: Path, size: float, files: int) -> int:
         weights += sum(x.numel() for x in tensors.values())
     index = {"metadata": {"total_size": int(size * 1e9)}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file in folder.iterdir():  # else the first run, whichever it is, waits for these bytes too
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
     return weights
 
 
@@ -197,7 +213,7 @@ def measure(
     notes: dict[str, str] = {}
     same: dict[str, object] = {}
     for i in range(rounds):
-        for run in runs:
+        for run in runs[i % len(runs) :] + runs[: i % len(runs)]:  # nobody is always first
             if run in notes:
                 continue
             out = folder / "out"
@@ -211,6 +227,7 @@ def measure(
                 if i == 0 and run != "copy" and size <= 0.5:
                     same[run] = equal_positions(source, out)
             shutil.rmtree(out, ignore_errors=True)
+            os.sync()
             print(f"{size:g} GB, {run}: {found[run][-1] if run not in notes else notes[run]}", file=sys.stderr)
     shutil.rmtree(source)
     rows = []
@@ -225,6 +242,7 @@ def measure(
                 "run": run,
                 "seconds": round(statistics.median(v["seconds"] for v in values), 2) if values else "",
                 "times_copy": round(statistics.median(ratios), 2) if ratios else "",
+                "times_copy_range": f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "",
                 "peak_mb": round(max(v["peak_mb"] for v in values)) if values else "",
                 "kept": kept if run != "copy" else "",
                 "exact_count": kept == keep_count(weights, SPARSITY) if values and run != "copy" else "",
