@@ -178,6 +178,8 @@ def test_trap_11_transposed_weights_by_glob_or_by_model_type(tmp_path):
     weight = draw(8, 12)
     by_glob = compute_masks_for_state_dict({"c_fc.weight": weight}, 0.5, pattern="row", transposed="c_fc.*")
     assert (by_glob["c_fc.weight"].sum(dim=0) == 4).all()
+    by_module = compute_masks_for_state_dict({"c_fc.weight": weight}, 0.5, pattern="row", transposed="c_fc")
+    assert torch.equal(by_module["c_fc.weight"], by_glob["c_fc.weight"])
     save_file({"h.0.mlp.c_fc.weight": weight, "h.0.other.weight": weight.clone()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     masks = compute_masks_for_state_dict(tmp_path, 0.5, pattern="row")

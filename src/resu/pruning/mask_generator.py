@@ -204,5 +204,9 @@ def compute_random_mask(
 
     Returns:
         ``{parameter name: bool mask}``.
+
+    Example:
+        >>> compute_random_mask(nn.Linear(10, 20), 0.9, seed=1)["weight"].sum()
+        tensor(20)
     """
     return MaskGenerator(model, sparsity, "tensor", "random", seed=seed, **options).generate_masks()

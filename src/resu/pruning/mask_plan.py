@@ -170,6 +170,9 @@ def plan_masks(
         seed: Of random scores.
         how: Threads, processes and limits.
         decide: False: check the arguments and leave the counts open, for :meth:`MaskPlan.with_state`.
+
+    Raises:
+        ValueError: On a method or distribution that needs more than weights, and as there.
     """
     importance = importances[method]
     if importance.needs:

@@ -59,6 +59,12 @@ def plot_sparsity_histogram(
 
     Raises:
         ImportError: Without matplotlib; it names the extra to install.
+
+    Example:
+        >>> import torch
+        >>> figure = plot_sparsity_histogram({"w": torch.tensor([True, False])})
+        >>> figure.axes[0].get_xlabel()
+        'sparsity of the layer (%)'
     """
     figure = _figure(6, 4)
     stats = compute_sparsity_stats(masks)

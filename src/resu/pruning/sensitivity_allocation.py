@@ -166,6 +166,12 @@ def allocate_by_sensitivity(scan: Sensitivity, sparsity: float) -> dict[str, int
 
     Raises:
         ValueError: If the sparsity is beyond what was scanned.
+
+    Example:
+        >>> flat = (Point(0.5, 50, 100, 0.1), Point(0.75, 25, 100, 0.2))
+        >>> steep = (Point(0.5, 50, 100, 1.0), Point(0.75, 25, 100, 9.0))
+        >>> allocate_by_sensitivity(Sensitivity(0.0, {"a": flat, "b": steep}, {}), 0.5)
+        {'a': 25, 'b': 75}
     """
     return _allocated(scan.points, scan.baseline, sparsity)
 

@@ -44,27 +44,45 @@ def magnitude_importance(layer: nn.Module | Tensor) -> Tensor:
 
 
 def gradient_importance(layer: nn.Module | Tensor) -> Tensor:
-    """``|g|`` from the gradient that ``backward()`` left.
+    """``|g|`` from the gradient that ``backward()`` left, of the weight's shape.
 
     Raises:
         ValueError: Without a gradient.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer(torch.tensor([3.0, -4.0])).backward()
+        >>> gradient_importance(layer)
+        tensor([[3., 4.]])
     """
     weight = _weight(layer)
     return importances["gradient"](weight, Stats(grad=weight.grad))
 
 
 def taylor_importance(layer: nn.Module | Tensor) -> Tensor:
-    """``|w·g|`` from the gradient that ``backward()`` left, float32 or wider.
+    """``|w·g|`` from the gradient that ``backward()`` left, of the weight's shape, float32 or wider.
 
     Raises:
         ValueError: Without a gradient.
+
+    Example:
+        >>> weight = torch.tensor([[0.5, -2.0]], requires_grad=True)
+        >>> (weight * torch.tensor([3.0, 1.0])).sum().backward()
+        >>> taylor_importance(weight)
+        tensor([[1.5000, 2.0000]])
     """
     weight = _weight(layer)
     return importances["taylor"](weight, Stats(grad=weight.grad))
 
 
 def random_importance(layer: nn.Module | Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform random scores, float64, from ``generator`` (None: the global one)."""
+    """Uniform random scores, float64, of the weight's shape, from ``generator`` (None: the global one).
+
+    Example:
+        >>> a, b = (random_importance(nn.Linear(4, 2), torch.Generator().manual_seed(1)) for _ in range(2))
+        >>> a.shape, bool((a == b).all())
+        (torch.Size([2, 4]), True)
+    """
     return importances["random"](_weight(layer), Stats(generator=generator))
 
 
