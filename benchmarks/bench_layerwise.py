@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from machine import machine
 
 WAYS = ("forward", "hessians at once", "hessians by block", "wanda", "sparsegpt", "wanda owl", "magnitude")
 COLUMNS = ("weights", "blocks", "width", "tokens", "way", "extra_mib", "cpu_seconds", "cpu", "torch")
@@ -67,7 +68,7 @@ def run(way: str, blocks: int, width: int, batches: int) -> dict[str, object]:
         "way": way,
         "extra_mib": round(_peak() - before, 1),
         "cpu_seconds": round(time.process_time() - start, 2),
-        "cpu": _cpu(),
+        "cpu": machine()["cpu"],
         "torch": torch.__version__,
     }
 
@@ -75,14 +76,6 @@ def run(way: str, blocks: int, width: int, batches: int) -> dict[str, object]:
 def _peak() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 if sys.platform != "darwin" else 1024**2)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench_train_step import machine
+from machine import machine
 from resu import RESULinear
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from machine import machine
 from resu.core.pattern import NM, Unstructured
 from resu.pruning.dsnot import dsnot
 from resu.pruning.hessian import factorise
@@ -130,20 +131,12 @@ def measure(width: int, rounds: int, device: str, naive_up_to: int) -> list[dict
                 "rounds": rounds,
                 "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
                 "threads": torch.get_num_threads(),
-                "cpu": _cpu(),
+                "cpu": machine()["cpu"],
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             }
         )
     return rows
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def main() -> int:

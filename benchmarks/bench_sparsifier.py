@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from machine import machine
 from resu.training import RESU, Algorithm, Sparsifier, Static
 
 RULES: dict[str, Algorithm | None] = {
@@ -88,19 +88,11 @@ def measure(sizes: list[int], batch: int, rounds: int, device: str) -> list[dict
                 "ratio_p25": round(ratios[len(ratios) // 4], 3),
                 "ms_median": round(1e3 * statistics.median(values), 2),
                 "rounds": rounds,
-                "cpu": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
+                "cpu": torch.cuda.get_device_name() if device == "cuda" else machine()["cpu"],
                 "torch": torch.__version__,
             }
         )
     return rows
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def main() -> int:

@@ -19,7 +19,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -29,6 +28,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from machine import machine
 
 SPARSITY = 0.7
 RUNS = ("copy", "resu", "resu, 2 threads", "global_unstructured", "torch.topk")
@@ -250,19 +251,11 @@ def measure(
                 "note": notes.get(run, ""),
                 "rounds": len(values),
                 "load": round(os.getloadavg()[0], 1),
-                "cpu": f"{_cpu()}, {os.cpu_count()} cores",
+                "cpu": f"{machine()['cpu']}, {os.cpu_count()} cores",
                 "torch": torch.__version__,
             }
         )
     return rows
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def main() -> int:

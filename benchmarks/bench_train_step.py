@@ -18,7 +18,6 @@ import ctypes
 import gc
 import importlib
 import importlib.metadata
-import platform
 import resource
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from machine import machine
 from resu import convert_to_resu, get_resu_modules, resurrection_parameters
 
 METHODS = ("dense", "resu", "resu_decay", "qresu4", "qresu8", "qresu4_bf16", "selective4", "lora", "shira")
@@ -195,18 +195,6 @@ def _peak_apart(method: str, argv: list[str]) -> dict[str, float]:
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     held, top = output.split()[-2:]
     return {"held": float(held), "peak": float(top)}
-
-
-def machine() -> dict[str, str]:
-    """Where this ran."""
-    model, flags = platform.processor(), ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-        found = next((line for line in lines if line.startswith("flags")), "")
-        flags = " ".join(f for f in ("avx2", "fma", "avx512f", "avx512_vbmi2", "amx_bf16") if f" {f}" in found)
-    return {"cpu": model, "flags": flags, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def available(methods: list[str]) -> list[str]:
