@@ -243,3 +243,9 @@ def test_selection_works_where_determinism_is_demanded():
         assert int(top_k_mask(torch.rand(1000), 10).sum()) == 10
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_trap_05_positions_of_more_than_a_device_can_index_at_once(size: int) -> None:
+    bits = torch.rand(50, generator=torch.Generator().manual_seed(1)) < 0.3
+    assert torch.equal(counting._nonzero_in_parts(bits, size), bits.nonzero().view(-1))

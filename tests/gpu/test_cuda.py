@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resu import RESULinear, RESUMode, resurrection_parameters
-from resu.core.counting import top_k_mask
+from resu.core.counting import positions, top_k_mask
 from resu.core.mask import SparseMask, pack_bits, unpack_bits
 from resu.modules.conv import RESUConv2d
 from resu.training import RESU, Magnitude, RESUConfig, RESUTrainer, Sparsifier, Static
@@ -29,6 +29,15 @@ def enter(layer: RESULinear | RESUConv2d, mode: str) -> None:
         layer.enter_qresu_mode(int(mode[-1]), 0.1)
     elif mode == "selective":
         layer.enter_qresu_selective_mode(4, 0.1, lr=0.1)
+
+
+def test_trap_05_more_positions_than_int_max() -> None:
+    if DEVICE == "cpu":
+        pytest.skip("nonzero is limited on CUDA only")
+    n = 2**31 + 100
+    bits = torch.zeros(n, dtype=torch.bool, device=DEVICE)
+    bits[[5, 2**30, n - 1]] = True
+    assert positions(bits).tolist() == [5, 2**30, n - 1]
 
 
 @pytest.mark.parametrize("n", [100, 70_000, 5_000_000])

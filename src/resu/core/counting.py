@@ -228,7 +228,13 @@ def positions(bits: Tensor) -> Tensor:
     """
     if bits.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(bits.numpy()))
-    return bits.reshape(-1).nonzero().view(-1)
+    return _nonzero_in_parts(bits.reshape(-1), 1 << 30)
+
+
+def _nonzero_in_parts(flat: Tensor, size: int) -> Tensor:
+    """``nonzero`` of a 1-D tensor, ``size`` elements at a time: CUDA refuses more than INT_MAX."""
+    parts = [part.nonzero().view(-1).add_(i * size) for i, part in enumerate(flat.split(size))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 _SAMPLED = 1 << 16  # longer rows are narrowed down before the selection, to make it faster

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from resu.core.counting import check_finite, keep_count, top_k_mask
+from resu.core.counting import check_finite, keep_count, positions, top_k_mask
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 from resu.pruning.importance import Stats, importances
@@ -140,7 +140,7 @@ class Amnesty:
         resurrected = keep - min(keep - wanted, n_active)
         new = torch.zeros_like(old).view(-1)
         for group, places in ((old, keep - resurrected), (~old, resurrected)):
-            index = group.reshape(-1).nonzero().view(-1)
+            index = positions(group)
             new[index[top_k_mask(scores.detach().reshape(-1)[index], places)]] = True
         return new.view(old.shape)
 

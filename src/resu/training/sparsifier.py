@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resu.core.counting import check_sparsity
+from resu.core.counting import check_sparsity, positions
 from resu.core.enforcement import Constraint, is_held
 from resu.core.layers import Layer, select
 from resu.core.mask import SparseMask
@@ -273,7 +273,7 @@ class Sparsifier:
         if theta is None and self.algorithm.learns_pruned and self.algorithm.learning(self.step):
             theta = self._theta[name] = torch.zeros_like(weight)
         # Few positions change in one update, so only those are touched; by coordinates, for any memory format.
-        changed = (old ^ new).reshape(-1).nonzero().view(-1)
+        changed = positions(old ^ new)
         if changed.numel() == 0:
             return
         grown = new.reshape(-1)[changed]
