@@ -165,8 +165,8 @@ class Sparsifier:
 
     # -- the step ------------------------------------------------------------------------------------
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for name, positions in self._unclear.items():
-            clear_state(optimizer, self.layers[name].weight, positions)
+        for name, where in self._unclear.items():
+            clear_state(optimizer, self.layers[name].weight, where)
         self._unclear = {}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
