@@ -45,7 +45,7 @@ def test_nothing_is_replaced_unasked(resu, refused, model, tmp_path):
     assert resu(*call).exit_code == 0
     assert "pass --force to replace" in refused(*call)
     assert resu(*call, "--force").exit_code == 0
-    assert "would replace itself" in refused("convert", model, "--to", "bitmask", "--out", model, "--force")
+    assert "must not be the source" in refused("convert", model, "--to", "bitmask", "--out", model, "--force")
 
 
 def test_refusals(refused, model, tmp_path):

@@ -171,6 +171,28 @@ def test_masks_without_weights_and_reports_that_differ(model):
     assert any(name == "pruning.json" and "is damaged" in problem for name, problem in findings(model))
 
 
+def test_a_missing_shard_is_a_finding(model):
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(model / "a.safetensors"), "b.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (name, problem), *more = findings(model)
+    assert not more
+    assert name == str(model)
+    assert "shard b.safetensors is missing" in problem
+    with pytest.raises(FileNotFoundError):
+        validate(model / "no")
+
+
+def test_a_damaged_mask_file_is_told_once(model):
+    report = {"layers": [{"name": "fc1.weight", "kept": 64}, {"name": "fc2.weight", "kept": 64}]}
+    (model / "pruning.json").write_text(json.dumps(report))
+    assert findings(model) == set()
+    data = bytearray((model / "masks.safetensors").read_bytes())
+    data[-1] ^= 1
+    (model / "masks.safetensors").write_bytes(data)
+    assert [name for name, _ in findings(model)] == ["masks.safetensors"]
+
+
 def test_counts_are_exact(model):
     assert findings(model, sparsity=0.6) == {
         ("all masks", "keep 128 of 256 weights, sparsity 0.5; sparsity 0.6 keeps 112")

@@ -268,9 +268,23 @@ def test_input_damage_anywhere_leaves_nothing(source, tmp_path):
     refused(tmp_path / "small", tmp_path, "truncated", to="dense")
 
 
+def test_input_a_damaged_report_is_named(source, tmp_path):
+    for text in ("[", "[]", "{} x"):
+        (source / "pruning.json").write_text(text)
+        refused(source, tmp_path, "pruning.json is damaged")
+
+
 def test_input_places_that_cannot_be_written_to(source, tmp_path):
-    with pytest.raises(ValueError, match="would replace itself"):
-        convert(source, source, "bitmask", overwrite=True)
+    (tmp_path / "pruning.json").write_text("{}")  # as if the folder above were an earlier result
+    before = files(tmp_path)
+    for out in (source, source / "out", tmp_path):
+        with pytest.raises(ValueError, match=r"must not be the source .*, inside or above it"):
+            convert(source, out, "bitmask", overwrite=True)
+    file, masks = source / "model.safetensors", source / "masks.safetensors"
+    with pytest.raises(ValueError, match="is read and would be replaced"):
+        convert(file, masks, "bitmask", masks=masks, overwrite=True)
+    assert files(tmp_path) == before
+    (tmp_path / "pruning.json").unlink()
     with pytest.raises(FileNotFoundError, match="make it first"):
         convert(source, tmp_path / "no" / "out", "bitmask")
     (tmp_path / "taken").mkdir()

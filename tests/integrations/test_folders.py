@@ -2,7 +2,7 @@
 
 import pytest
 
-from resu.integrations.folders import copy_companions, new_folder
+from resu.integrations.folders import check_apart, copy_companions, new_folder
 
 
 def names(folder):
@@ -74,3 +74,15 @@ def test_companions_come_along_and_dense_weights_do_not(tmp_path):
     ]
     assert (target / "config.json").read_text() == "mine"
     assert not (target / "linked.json").is_symlink()
+
+
+def test_input_what_is_read_is_never_replaced(tmp_path):
+    (tmp_path / "up" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "up")
+    source = tmp_path / "up" / "model"
+    for out in (source, source / "out", tmp_path / "up", tmp_path / "link", tmp_path):
+        with pytest.raises(ValueError, match="inside or above"):
+            check_apart(out, source)
+    with pytest.raises(ValueError, match="is read and would be replaced"):
+        check_apart(tmp_path / "link", tmp_path / "other", None, tmp_path / "up" / "text.txt")
+    check_apart(tmp_path / "up" / "out", source, tmp_path / "up" / "text.txt", None)

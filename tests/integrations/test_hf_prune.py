@@ -1,6 +1,7 @@
 """Directories pruned by one call: what is refused before a model is loaded, and what is left as it was."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -124,3 +125,23 @@ def test_what_is_impossible_is_known_before_the_model_is_loaded(tmp_path, texts,
     ):
         with pytest.raises((ValueError, FileNotFoundError)):
             prune_directory(tmp_path, tmp_path / "out", 0.5, **options)
+
+
+def test_input_a_source_inside_the_result_that_is_replaced_stays(stories, texts, tmp_path):
+    source = tmp_path / "result" / "model"
+    shutil.copytree(stories, source)
+    (tmp_path / "result" / "pruning.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    for method, calibration in (("wanda", texts[0]), ("magnitude", None)):
+        with pytest.raises(ValueError, match="inside or above"):
+            prune_directory(
+                source,
+                tmp_path / "result",
+                0.5,
+                method=method,
+                calibration=calibration,
+                samples=2,
+                length=16,
+                overwrite=True,
+            )
+        assert sorted(tmp_path.rglob("*")) == before

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from resu.core.io import replacing
+from resu.core.io import FileFormatError, replacing
 from resu.core.mask_files import MASK_HEADER, read_masks, write_masks
 from resu.core.shards import INDEX, Shards
 from resu.formats.compressed_config import sparsity_config, with_sparsity_config, without_sparsity_config
@@ -18,7 +18,7 @@ from resu.formats.files import CHECKPOINT_HEADER, load_checkpoint, save_checkpoi
 from resu.formats.relayout import MASK_FILE, REPORT_FILE, TARGETS, Plan, plan_layout
 from resu.formats.sealed import SealedWriter
 from resu.formats.stored import Stored
-from resu.integrations.folders import copy_companions, new_folder
+from resu.integrations.folders import check_apart, copy_companions, new_folder
 
 __all__ = ["convert"]
 
@@ -72,8 +72,7 @@ def convert(
     if to not in TARGETS:
         raise ValueError(f"cannot convert to {to!r}; known: {', '.join(TARGETS)}")
     source, out = Path(source), Path(out)
-    if os.path.realpath(source) == os.path.realpath(out):
-        raise ValueError(f"{source} would replace itself; name another place to write to")
+    check_apart(out, source, masks)
     if source.is_file() and out.is_dir():
         raise ValueError(f"{source} is a file and {out} a folder; name a .safetensors file to write")
     if source.is_file() and out.suffix != ".safetensors":
@@ -169,8 +168,11 @@ def _write_beside(plan: Plan, source: Path, folder: Path) -> None:
 def _pruning_report(plan: Plan, source: Path) -> dict[str, Any]:
     """That of the source; of a model that another library has pruned, what its masks say."""
     if (source / REPORT_FILE).is_file():
-        report: dict[str, Any] = json.loads((source / REPORT_FILE).read_text(encoding="utf-8"))
-        return {**report, "layout": plan.layout}
+        try:
+            report = json.loads((source / REPORT_FILE).read_text(encoding="utf-8"))
+            return {**report, "layout": plan.layout}
+        except (ValueError, TypeError) as error:
+            raise FileFormatError(f"{source / REPORT_FILE} is damaged: {error}; mend it or take it away") from None
     layers = [
         {"name": n, "shape": list(m.shape), "kept": m.n_active, "numel": m.numel, "sparsity": m.sparsity}
         for n, m in plan.masks.items()

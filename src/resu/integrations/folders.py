@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["RESULT_FILES", "WEIGHT_ENDINGS", "check_free", "copy_companions", "new_folder", "put_in_place"]
+__all__ = [
+    "RESULT_FILES",
+    "WEIGHT_ENDINGS",
+    "check_apart",
+    "check_free",
+    "copy_companions",
+    "new_folder",
+    "put_in_place",
+]
 
 # What pruning writes beside the model; a folder that holds the report is one of ours.
 RESULT_FILES = ("masks.safetensors", "pruning.json")
@@ -91,6 +99,35 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
         raise FileExistsError(f"{target} is there already; pass overwrite=True to replace an earlier result")
     if not (target / "pruning.json").is_file():
         raise FileExistsError(f"{target} holds no pruning.json, so it is no earlier result and is not replaced")
+
+
+def check_apart(
+    out: str | os.PathLike[str], source: str | os.PathLike[str], *others: str | os.PathLike[str] | None
+) -> None:
+    """What is read must outlive the result: replacing ``out`` would take everything in it along.
+
+    Args:
+        out: What will be written.
+        source: The model that is read; a result inside a source folder is refused too.
+        others: Other files that are read (masks, texts); None is skipped.
+
+    Raises:
+        ValueError: If ``out`` is the source or inside it, or is or holds something that is read.
+
+    Example:
+        >>> check_apart("model/pruned", "elsewhere/model")
+        >>> check_apart("results", "results/model")
+        Traceback (most recent call last):
+        ...
+        ValueError: out must not be the source (results/model), inside or above it, got results; name another place
+    """
+    target, read = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if target == read or target in read.parents or (read.is_dir() and read in target.parents):
+        raise ValueError(f"out must not be the source ({source}), inside or above it, got {out}; name another place")
+    for other in others:
+        place = None if other is None else Path(os.path.realpath(other))
+        if place is not None and target in (place, *place.parents):
+            raise ValueError(f"{other} is read and would be replaced by {out}; name another place to write to")
 
 
 def _flush(folder: Path) -> None:

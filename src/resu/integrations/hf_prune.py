@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
 from resu.core.shards import Shards
 from resu.integrations.checkpoint import prune_checkpoint
-from resu.integrations.folders import check_free
+from resu.integrations.folders import check_apart, check_free
 from resu.integrations.hf import LAYOUTS, load_model, save_pruned
 from resu.integrations.hf_evaluate import Perplexity, embedding_cosine, perplexity, sentence_embeddings
 from resu.integrations.hf_text import calibration_batches, default_length, read_texts
@@ -139,6 +139,7 @@ def prune_directory(
         allocations[distribution]
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not known; known: {', '.join(LAYOUTS)}")
+    check_apart(out, source, calibration, evaluate)
     check_free(out, overwrite=overwrite or resume)
     quality = None if evaluate is None else _Quality(Path(evaluate), device, progress)
     common: dict[str, Any] = {
