@@ -233,7 +233,7 @@ def test_patterns_are_checked_in_the_orientation_of_the_layer(tmp_path):
     broken = right.clone()
     broken[0, :4] = broken[3, 4:8] = True
     write_masks({"w": SparseMask(broken)}, tmp_path / "m.npz")
-    assert findings(tmp_path / "m.npz", pattern="2:4") == {("w", "breaks NM(n=2, m=4) in 2 places")}
+    assert findings(tmp_path / "m.npz", pattern="2:4") == {("w", "breaks 2:4 in 2 places")}
     # The Conv1D of GPT-2 is stored as [in, out].
     save_file({"h.0.attn.c_attn.weight": right.t().float().contiguous()}, tmp_path / "model.safetensors")
     write_masks({"h.0.attn.c_attn.weight": SparseMask(right.t())}, tmp_path / "masks.safetensors")

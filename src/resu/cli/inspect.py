@@ -74,13 +74,13 @@ def _tell(found: Mapping[str, Any]) -> None:
     title = f"{found['path']}: {found['kind']}, {format_bytes(found['bytes'])} on disk{origin}"
     console.print(title, markup=False, soft_wrap=True)
     table = Table(show_footer=bool(rows))
-    table.add_column("name", "total", overflow="fold")
+    table.add_column("name", "pruned weights" if any(row["masked"] for row in rows) else "weights", overflow="fold")
     table.add_column("kind")
     table.add_column("shape", justify="right")
     table.add_column("dtype")
     table.add_column("kept", format_count(total["kept"]), justify="right")
     table.add_column("sparsity", f"{100 * total['sparsity']:.2f} %", justify="right")
-    table.add_column("bytes", format_bytes(total["bytes"]), justify="right")
+    table.add_column("bytes", f"{format_bytes(total['bytes'])} in all", justify="right")
     weights = weights_of(rows)
     for row in rows:
         shown = row["kept"] is not None and (row["masked"] or row["kind"] == "weight")

@@ -7,8 +7,9 @@ of any shape are seen as ``[out, in…]``: the first dimension is the output.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,10 @@ class Pattern(ABC):
     @abstractmethod
     def reachable(self, shape: Sequence[int], keep: int) -> int:
         """The number of kept positions that :meth:`select` gives for ``keep`` on this shape."""
+
+    def __str__(self) -> str:
+        """What :func:`get_pattern` reads, such as ``"2:4"``; a pattern without such a form is shown as it is made."""
+        return repr(self)
 
     @abstractmethod
     def violations(self, mask: Tensor) -> int:
@@ -89,6 +94,9 @@ class Unstructured(Pattern):
         if self.scope not in ("tensor", "row"):
             raise ValueError(f"scope must be 'tensor' or 'row', got {self.scope!r}")
 
+    def __str__(self) -> str:
+        return self.scope
+
     def keep_for(self, shape: Sequence[int], sparsity: float) -> int:
         """Exact count; under row scope the floor is taken per row."""
         if self.scope == "row":
@@ -141,6 +149,9 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         if not 1 <= self.n < self.m:
             raise ValueError(f"N:M keeps N of M with 1 <= N < M, got {self.n}:{self.m}")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
 
     @property
     def sparsity(self) -> float:
@@ -223,6 +234,9 @@ class Block(Pattern):
         if self.h < 1 or self.w < 1:
             raise ValueError(f"a block needs h >= 1 and w >= 1, got {self.h} x {self.w}")
 
+    def __str__(self) -> str:
+        return f"block:{self.h}x{self.w}"
+
     def _blocks(self, x: Tensor) -> Tensor:
         """``[rows of blocks, blocks per row, h * w]``, zeros beyond the edges."""
         rows = _rows(x)
@@ -273,6 +287,9 @@ class Channel(Pattern):
 
     dim: int = 0
 
+    def __str__(self) -> str:
+        return f"channel:{self.dim}"
+
     def _units(self, shape: Sequence[int]) -> int:
         if not -len(shape) <= self.dim < len(shape):
             raise ValueError(f"Channel(dim={self.dim}) does not exist in a weight of shape {tuple(shape)}")
@@ -311,6 +328,14 @@ def _wide(scores: Tensor) -> Tensor:
     return scores.detach().to(torch.float32 if narrow else torch.float64)
 
 
+_FORMS: tuple[tuple[re.Pattern[str], Callable[..., Pattern]], ...] = (
+    (re.compile(r"(tensor|row)"), Unstructured),
+    (re.compile(r"(\d+):(\d+)"), lambda n, m: NM(int(n), int(m))),
+    (re.compile(r"block:(\d+)x(\d+)"), lambda h, w: Block(int(h), int(w))),
+    (re.compile(r"channel:(-?\d+)"), lambda dim: Channel(int(dim))),
+)
+
+
 def get_pattern(pattern: Pattern | str | None) -> Pattern:
     """A pattern from an object, a name, ``"2:4"``, ``"block:16x1"``, ``"row"``, ``"channel:1"`` or None.
 
@@ -319,9 +344,13 @@ def get_pattern(pattern: Pattern | str | None) -> Pattern:
     Raises:
         ValueError: On an unknown name; the error lists the known ones.
 
+    ``str(pattern)`` is the way back.
+
     Example:
         >>> get_pattern("2:4"), get_pattern("row"), get_pattern("block:16x1")
         (NM(n=2, m=4), Unstructured(scope='row'), Block(h=16, w=1))
+        >>> str(NM(2, 4))
+        '2:4'
     """
     if isinstance(pattern, Pattern):
         return pattern
@@ -329,21 +358,12 @@ def get_pattern(pattern: Pattern | str | None) -> Pattern:
         return Unstructured()
     if not isinstance(pattern, str):
         raise TypeError(f"a pattern is a Pattern, a name or None, got {pattern!r}")
-    name, _, options = pattern.partition(":")
-    try:
-        if name.isdigit():
-            return NM(int(name), int(options))
-        if name in ("row", "tensor") and not options:
-            return Unstructured(name)
-        if name == "block" and options:
-            h, w = options.split("x")
-            return Block(int(h), int(w))
-        if name == "channel" and options:
-            return Channel(int(options))
-        if name in patterns and options:
-            raise ValueError(f"{name!r} takes no options")
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read pattern {pattern!r} ({error}); write for example '2:4', 'row', 'block:16x1', 'channel:0'"
-        ) from None
-    return patterns[pattern]()
+    for form, made in _FORMS:
+        if found := form.fullmatch(pattern):
+            return made(*found.groups())
+    if pattern in patterns:
+        return patterns[pattern]()
+    raise ValueError(
+        f"unknown pattern {pattern!r}; write 'tensor', 'row', 'N:M' (N kept of M, as '2:4'), 'block:HxW' (as "
+        f"'block:16x1') or 'channel:DIM' (as 'channel:0'), or a registered name: {', '.join(patterns)}"
+    )

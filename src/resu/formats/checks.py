@@ -118,7 +118,7 @@ def check_mask(mask: SparseMask, pattern: Pattern | None = None, *, transposed: 
     Example:
         >>> from resu.core.pattern import NM
         >>> check_mask(SparseMask(torch.ones(2, 4, dtype=torch.bool)), NM(2, 4))
-        ['breaks NM(n=2, m=4) in 2 places']
+        ['breaks 2:4 in 2 places']
     """
     problems = []
     if mask.numel and not mask.n_active:

@@ -80,7 +80,7 @@ def validate(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_masks({"w": SparseMask(torch.tensor([[True, True, True, False]]))}, f"{folder}/m.npz")
         ...     validate(f"{folder}/m.npz", pattern="2:4")["violations"]
-        [{'name': 'w', 'problem': 'breaks NM(n=2, m=4) in 1 places'}]
+        [{'name': 'w', 'problem': 'breaks 2:4 in 1 places'}]
     """
     path = Path(path)
     if sparsity is not None:
