@@ -1,5 +1,6 @@
 """`resu prune` on a real model: exact, ordered as in the literature, loadable, and clear about what it refuses."""
 
+import errno
 import json
 import os
 import re
@@ -270,6 +271,9 @@ def test_bad_calibration(refused, stories, texts, tmp_path):
     assert "workers" in line("--calibration", texts[0], "--workers", 2)
     (tmp_path / "bad.jsonl").write_text("{")
     assert "line 1" in line("--calibration", tmp_path / "bad.jsonl")
+    assert "is a folder" in line("--calibration", tmp_path)
+    for args in (("--samples", 0), ("--length", 1), ("--workers", 0), ("--seed", "text")):
+        assert f"'{args[0]}'" in line("--calibration", texts[0], *args)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "short.txt"]
 
 
@@ -290,10 +294,39 @@ def test_bad_directories(refused, stories, texts, tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    assert "model.layers.1.mlp.up_proj.weight" in refused("prune", broken, *out)
+    for method in ("magnitude", "random", "random"):
+        assert "model.layers.1.mlp.up_proj.weight" in refused("prune", broken, *out, "--method", method)
     assert re.search(r"model\.layers\.1\.mlp\.\w+\.weight.* NaN", refused("prune", broken, *out, *data))
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+def test_no_room_for_a_file_names_it(refused, stories, texts, tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        for more in ((), ("--method", "wanda", *with_data(texts))):
+            line = refused("prune", stories, "--sparsity", "0.5", "--out", tmp_path / "out", *more)
+            assert re.fullmatch(rf"resu: {re.escape(str(tmp_path))}/\S+: File too large\n?", line)
+            shutil.rmtree(tmp_path / ".out.pruning", ignore_errors=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_advice_is_given_in_options(refused, stories, tmp_path, monkeypatch):
+    import resu.integrations.checkpoint as module
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    args = ("prune", stories, "--sparsity", "0.5", "--out", tmp_path / "out")
+    monkeypatch.setattr(module, "write_shard", full)
+    assert re.search(r"\.out\.pruning is full; .* call again with --resume$", refused(*args))
+    assert re.search(r"pass --resume to continue it, or --force", refused(*args))
+    assert re.search(r"seed was 0, is 1.*--force", refused(*args, "--resume", "--seed", 1))
 
 
 def test_names_are_grouped_where_there_are_many():

@@ -247,3 +247,43 @@ def test_every_known_dtype_is_what_safetensors_calls_it(tmp_path):
     shards = Shards.open(tmp_path)
     assert {name: entry.dtype for name, entry in shards.entries.items()} == {code: code for code in DTYPES}
     assert {name: t.dtype for name, t in load_file(tmp_path / "model.safetensors").items()} == DTYPES
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ([1], "not a list"),
+        ("text", "not a text"),
+        (3, "not a number"),
+        (None, "not null"),
+        ({}, 'has no "weight_map"'),
+        ({"weight_map": 5}, '"weight_map" is a number'),
+        ({"weight_map": ["a"]}, '"weight_map" is a list'),
+        ({"weight_map": None}, '"weight_map" is null'),
+        ({"weight_map": {"a": ["x"]}}, "for tensor 'a' it has a list"),
+        ({"weight_map": {"a": {"x": 1}}}, "for tensor 'a' it has an object"),
+    ],
+)
+def test_input_an_index_of_the_wrong_kind_says_what_it_should_be(folder, index, says):
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(FileFormatError) as caught:
+        Shards.open(folder)
+    told = str(caught.value)
+    assert told.startswith(str(folder / INDEX))
+    assert 'must be an object with "weight_map": {tensor name: file name}' in told
+    assert told.endswith(says)
+
+
+def test_input_an_index_with_metadata_of_the_wrong_kind(folder):
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "metadata": [1]}))
+    with pytest.raises(FileFormatError, match=r'index.json is damaged: its "metadata" must be an object, not a list'):
+        Shards.open(folder)
+
+
+@pytest.mark.parametrize("header", ["[1]", '{"a": 1}', '{"a": {"dtype": "F32"}}', '{"__metadata__": [1]}'])
+def test_input_a_header_of_the_wrong_kind_says_what_it_should_be(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    with pytest.raises(FileFormatError, match=r"model.safetensors .* object with dtype, shape and data_offsets"):
+        read_header(path)

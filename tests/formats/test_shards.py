@@ -1,6 +1,7 @@
 """Shards written tensor after tensor: the bytes safetensors would write, all or nothing."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -189,3 +190,21 @@ def test_a_dense_shard_has_the_header_order_and_size_of_the_source(tmp_path, ten
     assert offsets[0] == offsets[1]
     data = out.read_bytes()
     assert json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["format"] == "pt"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+def test_input_no_room_for_the_last_tensor_is_an_error_that_names_the_file(tmp_path, layout):
+    import resource
+
+    save_file({"a.weight": torch.randn(100, 100)}, tmp_path / "in.safetensors")
+    source = Shards.open(tmp_path / "in.safetensors")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_shard(source, "in.safetensors", tmp_path / "out.safetensors", {}, tmp_path / "bits", layout=layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "out.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]

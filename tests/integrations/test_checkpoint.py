@@ -276,6 +276,38 @@ def test_a_source_that_changed_since_is_not_resumed(source, tmp_path, monkeypatc
     assert not (tmp_path / ".out.pruning").exists()
 
 
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"workers": 3}, {"layout": "bitmask"}])
+def test_a_refused_run_leaves_nothing_in_the_way(source, tmp_path, options):
+    file = source / "model-00003-of-00003.safetensors"
+    good = load_file(file)
+    name = next(n for n in good if n in PRUNED)
+    save_file({**good, name: torch.full_like(good[name], float("nan"))}, file)
+    with pytest.raises(ValueError, match=rf"{name}.* NaN"):
+        prune_checkpoint(source, tmp_path / "out", 0.5, "random", **options)
+    assert [p.name for p in tmp_path.iterdir()] == [source.name]
+    save_file(good, file)
+    prune_checkpoint(source, tmp_path / "out", 0.5, "random", **options)
+
+
+def test_a_refused_run_keeps_what_an_earlier_one_has_done(source, tmp_path, monkeypatch):
+    import resu.integrations.checkpoint as module
+
+    def ended_by(error):
+        def end(*args, **options):
+            raise error
+
+        monkeypatch.setattr(module, "write_shard", end)
+        with pytest.raises(type(error)):
+            prune_checkpoint(source, tmp_path / "out", 0.5, resume=True)
+
+    for error in (KeyboardInterrupt(), ValueError("bad"), OSError(errno.EIO, "broken")):
+        ended_by(error)
+        assert (tmp_path / ".out.pruning").is_dir()
+    monkeypatch.undo()
+    prune_checkpoint(source, tmp_path / "out", 0.5, resume=True)
+    assert not (tmp_path / ".out.pruning").exists()
+
+
 def test_a_state_with_a_flipped_bit_is_refused(source, tmp_path, monkeypatch):
     import resu.integrations.checkpoint as module
 

@@ -132,3 +132,30 @@ def test_a_cut_text_keeps_its_closing_token():
     assert cut_text(Words(closing=True), [1, 5, 6, 7, 2], 3) == [1, 5, 2]
     assert cut_text(Words(), [1, 5, 6, 7], 3) == [1, 5, 6]
     assert cut_text(Words(), [1, 5], 3) == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[" * 100_000, r"line 2 of .* is no JSON"),
+        ("1" * 5000, r"line 2 of .* is no JSON"),
+        ('{"text": "\\ud800 half"}', r"line 2 of .* surrogate"),
+    ],
+)
+def test_input_odd_json_is_refused_by_its_line(write, line, says):
+    with pytest.raises(ValueError, match=says):
+        read_texts(write("a.jsonl", '{"text": "one"}\n' + line + "\n"))
+
+
+def test_input_folders_and_texts_in_utf16(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"is a folder; give a \.txt"):
+        read_texts(tmp_path)
+    (tmp_path / "a.txt").write_bytes("hello".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="no UTF-8 text: it holds NUL"):
+        read_texts(tmp_path / "a.txt")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("hello", encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text('{"text": "hello"}', encoding="utf-8-sig")
+    assert read_texts(tmp_path / "a.txt") == read_texts(tmp_path / "a.jsonl") == ["hello"]

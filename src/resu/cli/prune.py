@@ -14,6 +14,7 @@ from resu.cli._common import (
     CliError,
     Force,
     Json,
+    describe_error,
     format_bytes,
     format_count,
     parse_sparsity,
@@ -143,8 +144,12 @@ def _as_options() -> Iterator[None]:
     """Advice in errors with the names of options in place of those of arguments."""
     try:
         yield
-    except FileExistsError as error:
-        raise CliError(str(error).replace("overwrite=True", "--force").replace("resume=True", "--resume")) from None
+    except (OSError, ValueError) as error:
+        said = describe_error(error)
+        told = said.replace("overwrite=True", "--force").replace("resume=True", "--resume")
+        if told == said:
+            raise
+        raise CliError(told) from None
 
 
 def _shown_by(bar: Progress) -> Callable[[int, int, str], None]:

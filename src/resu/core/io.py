@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-__all__ = ["FileFormatError", "open_header", "replacing", "seal_header", "tensor_checksum", "user_metadata"]
+__all__ = [
+    "FileFormatError",
+    "naming",
+    "open_header",
+    "replacing",
+    "seal_header",
+    "tensor_checksum",
+    "user_metadata",
+    "write_all",
+]
+
+
+# What the system says, without a file's name, where there is no more room to write.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileFormatError(ValueError):
     """A file that is not what it should be: damaged, truncated, of another kind or a newer version."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names what is being written in the system's errors that say there is no room for it, which come without a name.
+
+    Raises:
+        OSError: With ``filename``, also where the safetensors library has wrapped it.
+
+    Example:
+        >>> with naming("a.safetensors"):
+        ...     raise OSError(errno.EFBIG, "File too large")
+        Traceback (most recent call last):
+        OSError: [Errno 27] File too large: 'a.safetensors'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise
 
 
 @contextmanager
@@ -34,6 +76,7 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     Raises:
         FileExistsError: If there is one and ``overwrite`` is False.
         FileNotFoundError: If the folder does not exist.
+        OSError: If there is no room for the file (disk, quota, largest file); ``filename`` is ``path``.
 
     Example:
         >>> import tempfile
@@ -55,8 +98,9 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         # Opened first, so that the file gets the usual permissions and nobody else's file is written to.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = (target if target.exists() else temporary).stat().st_mode & 0o777
-        yield temporary
-        _sync(temporary)
+        with naming(path):
+            yield temporary
+            _sync(temporary)
         os.chmod(temporary, mode)  # some writers replace the file by one that only its owner may read
         os.replace(temporary, target)
         if os.name == "posix":
@@ -71,6 +115,13 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Write bytes to a file that may take fewer at once than it is given, as unbuffered ones do when room runs out."""
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
 
 
 def tensor_checksum(tensor: Tensor) -> str:

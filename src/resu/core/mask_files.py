@@ -104,10 +104,12 @@ def write_masks(
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
-    """``safetensors.torch.save_file`` with the operating system's error where there is one."""
+    """``safetensors.torch.save_file``; inside :func:`resu.core.io.replacing`, which knows the file's final name."""
     try:
         save_file(dict(tensors), path, metadata=dict(header))
     except SafetensorError as error:
+        if "os error" in str(error):
+            raise
         raise OSError(f"could not write {path.name}: {error}") from error
 
 

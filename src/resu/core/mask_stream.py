@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 import resu
-from resu.core.io import replacing, seal_header, user_metadata
+from resu.core.io import replacing, seal_header, user_metadata, write_all
 from resu.core.mask_files import MASK_HEADER, mask_format
 
 __all__ = ["BitWriter", "aligned", "join_masks", "packed_bytes"]
@@ -69,10 +69,10 @@ class BitWriter:
         bits = mask.numpy()
         packed = np.packbits(bits.reshape(-1, columns) if columns % 8 else bits, axis=-1, bitorder="little")
         self.kept += int(np.count_nonzero(bits))
-        data = packed.data if packed.flags.c_contiguous else packed.tobytes()
+        data = packed.reshape(-1).data
         self.digest.update(data)
         self.file.seek(self.offset)
-        self.file.write(data)
+        write_all(self.file, data)
         self.offset += packed.size
 
     def entry(self) -> dict[str, Any]:

@@ -101,7 +101,14 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
         given = json.loads(text, object_pairs_hook=_unique)
         metadata = given.pop("__metadata__", None) or {}
         entries = [(name, _entry(path.name, value, 8 + length)) for name, value in given.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if not isinstance(metadata, dict):
+            raise TypeError
+    except (TypeError, KeyError, AttributeError, RecursionError):
+        raise FileFormatError(
+            f"{path} has a damaged safetensors header: it must be an object with dtype, shape and data_offsets for "
+            "each tensor, and with texts in __metadata__"
+        ) from None
+    except ValueError as error:
         raise FileFormatError(f"{path} has a damaged safetensors header: {error}") from None
     entries.sort(key=lambda item: (item[1].start, item[1].stop))
     end = 8 + length
@@ -189,14 +196,10 @@ class Shards:
     @classmethod
     def _indexed(cls, folder: Path) -> Shards:
         where = folder / INDEX
-        try:
-            index = json.loads(where.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-            places: dict[str, str] = index["weight_map"]
-            files = sorted(set(places.values()))
-            odd = [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FileFormatError(f"{where} is damaged: {error}") from None
-        if odd:
+        index = _read_index(where)
+        places: dict[str, str] = index["weight_map"]
+        files = sorted(set(places.values()))
+        if odd := [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]:
             raise FileFormatError(f"{where} names {odd[0]!r}, which is no safetensors file of that folder")
         for file in files:
             if not (folder / file).is_file():
@@ -302,6 +305,36 @@ def read_into(file: Any, view: memoryview, name: str) -> None:
         if not got:
             raise FileFormatError(f"{name} ended {len(view) - done} bytes too early: it was truncated while being read")
         done += got
+
+
+def _read_index(where: Path) -> dict[str, Any]:
+    """What an index says, its parts checked to be of the right kinds."""
+    wanted = 'it must be an object with "weight_map": {tensor name: file name}'
+    try:
+        index = json.loads(where.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{where} is damaged: {wanted}, and cannot be read: {error}") from None
+    if not isinstance(index, dict):
+        raise FileFormatError(f"{where} is damaged: {wanted}, not {_kind(index)}")
+    if "weight_map" not in index:
+        raise FileFormatError(f'{where} is damaged: {wanted}; it has no "weight_map"')
+    places = index["weight_map"]
+    if not isinstance(places, dict):
+        raise FileFormatError(f'{where} is damaged: {wanted}; its "weight_map" is {_kind(places)}')
+    for name, file in places.items():
+        if not isinstance(file, str):
+            raise FileFormatError(f"{where} is damaged: {wanted}; for tensor {name!r} it has {_kind(file)}")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise FileFormatError(f'{where} is damaged: its "metadata" must be an object, not {_kind(index["metadata"])}')
+    return index
+
+
+def _kind(value: Any) -> str:
+    """What a value from JSON is called there."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {"list": "a list", "str": "a text", "dict": "an object"}
+    return names.get(type(value).__name__, "a number")
 
 
 def _files_without_index(folder: Path) -> list[str]:

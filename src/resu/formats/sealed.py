@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resu.core.io import tensor_checksum
+from resu.core.io import tensor_checksum, write_all
 from resu.core.shards import DTYPES
 from resu.formats.stored import seal_shard
 
@@ -95,9 +95,7 @@ class SealedWriter:
         if data.numel():
             with open(self.path, "r+b", buffering=0) as file:
                 file.seek(self.base + self.places[name][0])
-                view = data.reshape(-1).view(torch.uint8).numpy().data
-                while len(view):  # the system may take less at once
-                    view = view[file.write(view) :]
+                write_all(file, data.reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Write the header with all checksums.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resu.core.io import replacing
+from resu.core.io import replacing, write_all
 from resu.core.mask import count_bits
 from resu.core.mask_stream import BitWriter, aligned, packed_bytes
 from resu.core.shards import DTYPES, Entry, Shards
@@ -178,7 +178,7 @@ class _Job:
         for chunk in self.zeroed(name, bits):
             data = chunk.view(torch.uint8).numpy().data
             digest.update(data)
-            file.write(data)
+            write_all(file, data)
         part.sha256 = digest.hexdigest()
 
     def dense(self, workers: int) -> dict[str, dict[str, Any]]:

@@ -86,7 +86,8 @@ def prune_checkpoint(
         FileNotFoundError: If the source, one of its shards or the folder above ``out`` is not there.
         FileExistsError: If ``out`` or an interrupted run is there, and neither ``resume`` nor ``overwrite`` is given.
         ValueError: On a damaged file, NaN or infinite weights (the tensor is named), arguments that do not go
-            together, or settings that differ from those of the run to resume (they are named).
+            together, or settings that differ from those of the run to resume (they are named). What this call has
+            begun is removed.
         OSError: If the disk is full; what has been done stays for ``resume=True``.
 
     Example:
@@ -144,6 +145,10 @@ def prune_checkpoint(
                 raise
             text = f"the disk of {work.folder} is full; free some space and call again with resume=True"
             raise OSError(errno.ENOSPC, text) from error
+        except ValueError:  # the source or the settings are to blame: there is nothing to continue
+            if found is None:
+                work.abandon()
+            raise
         ranks.barrier()
         result: dict[str, Any] = json.loads((target / "pruning.json").read_text(encoding="utf-8"))
         return result

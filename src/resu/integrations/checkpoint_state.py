@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -115,6 +116,15 @@ class Work:
             with replacing(self.notes / "state.json") as temporary:
                 temporary.write_text(json.dumps(seal_header(_KEY, body)), encoding="utf-8")
         self.ranks.barrier()
+
+    def abandon(self) -> None:
+        """Remove the folder, so that nothing stands in the way of the next run."""
+        gone = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}")
+        try:
+            self.folder.rename(gone)  # first: another process may be adding files to it
+        except FileNotFoundError:  # another process was quicker
+            return
+        shutil.rmtree(gone, ignore_errors=True)
 
     def bits(self, file: str) -> Path:
         """Where the packed masks of a file are."""

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from resu.core.io import naming
+
 __all__ = [
     "RESULT_FILES",
     "WEIGHT_ENDINGS",
@@ -56,7 +58,8 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         put_in_place(temporary, target, overwrite=overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

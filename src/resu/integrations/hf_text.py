@@ -28,6 +28,7 @@ def read_texts(file: str | os.PathLike[str], *, lines: bool = False) -> list[str
 
     Raises:
         FileNotFoundError: If there is no such file.
+        IsADirectoryError: If it is a folder.
         ValueError: If it is no UTF-8, no JSON, lacks ``"text"`` or is empty; the line is named.
 
     Example:
@@ -39,12 +40,17 @@ def read_texts(file: str | os.PathLike[str], *, lines: bool = False) -> list[str
         ['One.', 'Two.']
     """
     path = Path(file)
+    wanted = 'give a .txt or a .jsonl with one {"text": …} per line'
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; {wanted}")
     if not path.is_file():
-        raise FileNotFoundError(f'there is no file {path}; give a .txt or a .jsonl with one {{"text": …}} per line')
+        raise FileNotFoundError(f"there is no file {path}; {wanted}")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # some editors begin a text with a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from None
+        raise ValueError(f"{path} is no UTF-8 text: {error}; {wanted}") from None
+    if "\0" in content:  # UTF-16 without its mark reads as UTF-8 too
+        raise ValueError(f"{path} is no UTF-8 text: it holds NUL characters; {wanted}")
     if path.suffix in (".jsonl", ".ndjson"):
         texts = [_text_of(line, path, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     elif lines:
@@ -60,10 +66,14 @@ def read_texts(file: str | os.PathLike[str], *, lines: bool = False) -> list[str
 def _text_of(line: str, path: Path, number: int) -> str:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with too many digits
         raise ValueError(f"line {number} of {path} is no JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("text"), str):
         raise ValueError(f'line {number} of {path} has no "text"; each line is an object such as {{"text": "…"}}')
+    try:
+        found["text"].encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"line {number} of {path} holds half of a surrogate pair (\\ud800 …), no character") from None
     return str(found["text"])
 
 
