@@ -79,7 +79,7 @@ def test_strided_scores_are_scores(pattern):
 def test_input_nan_is_refused(pattern, bad):
     scores = scores_of((16, 16))
     scores[3, 3] = bad
-    with pytest.raises(ValueError, match="scores holds 1 NaN or infinite"):
+    with pytest.raises(ValueError, match="scores hold 1 NaN or infinite"):
         pattern.mask(scores, 0.5)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ pytest.importorskip("transformers")
 import transformers
 
 from resu.core.pattern import NM
-from resu.integrations.hf import load_model
+from resu.core.shards import Shards
+from resu.formats.validate import validate
+from resu.integrations.hf import load_model, save_pruned
 from resu.integrations.hf_prune import causal_loss, prune_directory, settle_sparsity
 
 
@@ -145,3 +148,49 @@ def test_input_a_source_inside_the_result_that_is_replaced_stays(stories, texts,
                 overwrite=True,
             )
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_flipped_bit_in_a_kept_weight_is_found(stories, texts, tmp_path):
+    from resu.core.mask_files import read_masks
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    data = {"calibration": texts[0], "samples": 4, "length": 32}
+    prune_directory(stories, tmp_path / "out", 0.5, "wanda", **data)
+    prune_directory(stories, tmp_path / "plain", 0.5)
+    found = validate(tmp_path / "out")
+    assert found["ok"], found["violations"]
+    assert found["total"]["checksums"] == validate(tmp_path / "plain")["total"]["checksums"] == len(found["tensors"])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "plain").iterdir()}
+    file = tmp_path / "out" / "model.safetensors"
+    assert file.stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
+    entry = Shards.open(tmp_path / "out").entries[name]
+    kept = int(read_masks(tmp_path / "out" / "masks.safetensors")[0][name].mask.flatten().int().argmax())
+    damaged = bytearray(file.read_bytes())
+    damaged[entry.start + 4 * kept] ^= 1  # the last bit of the mantissa
+    file.write_bytes(damaged)
+    violations = validate(tmp_path / "out")["violations"]
+    assert [v["name"] for v in violations] == [name]
+    assert "does not match its checksum" in violations[0]["problem"]
+
+
+def test_shards_with_checksums_load_as_they_were(stories, texts, tmp_path):
+    model, tokenizer = load_model(stories)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="400KB")
+    tokenizer.save_pretrained(tmp_path / "shards")
+    model, tokenizer = load_model(tmp_path / "shards")
+    result = SimpleNamespace(masks={}, report={"warnings": [], "layers": []})
+    save_pruned(model, tokenizer, result, tmp_path / "shards", tmp_path / "out", max_shard_size="400KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    found = validate(tmp_path / "out")
+    assert found["ok"]
+    assert found["total"]["checksums"] == len(found["tensors"]) > 0
+    again, _ = load_model(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_what_is_left_out_is_said_alike_with_and_without_data(stories, texts, tmp_path):
+    with_data = prune_directory(stories, tmp_path / "a", 0.5, "wanda", calibration=texts[0], samples=4, length=32)
+    without = prune_directory(stories, tmp_path / "b", 0.5)
+    assert with_data["skipped"] == without["skipped"]
+    assert with_data["skipped"]["model.embed_tokens.weight"] == "embedding"
+    assert with_data["skipped"]["lm_head.weight"] == "output head tied to model.embed_tokens.weight"

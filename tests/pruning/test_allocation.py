@@ -213,7 +213,7 @@ def test_a_sample_that_misleads_does_not_change_the_global_ranking(monkeypatch):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_global_refuses_scores_that_are_not_finite(bad):
     scores = {"a": torch.tensor([[1.0, bad]])}
-    with pytest.raises(ValueError, match="scores of 'a' holds 1 NaN"):
+    with pytest.raises(ValueError, match="scores of 'a' hold 1 NaN"):
         allocate("global", {"a": torch.Size([1, 2])}, 0.5, scores)
 
 

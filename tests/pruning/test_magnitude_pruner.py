@@ -213,7 +213,7 @@ def test_nan_weights_are_refused_and_nothing_changes():
     with torch.no_grad():
         model[2].weight[0, 0] = math.nan
     before = {n: p.clone() for n, p in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"'2\.weight'.* holds 1 NaN"):
+    with pytest.raises(ValueError, match=r"'2\.weight'.* hold 1 NaN"):
         MagnitudePruner(0.5).prune(model)
     assert all(torch.equal(p, before[n]) or p.isnan().any() for n, p in model.state_dict().items())
     assert torch.equal(model[0].weight, before["0.weight"])

@@ -8,12 +8,14 @@ from torch.nn import functional as F
 from resu.core.counting import keep_count
 from resu.core.pattern import NM, Block
 from resu.pruning.importance import importances, register_importance
+from resu.pruning.magnitude_pruner import MagnitudePruner
 from resu.pruning.mask_generator import (
     MaskGenerator,
     compute_random_mask,
     compute_structured_mask,
     compute_unstructured_mask,
 )
+from resu.pruning.sensitivity import sensitivity_scan
 from tests.core.test_layers import Conv1D, TransposedExperts
 
 
@@ -181,6 +183,23 @@ def test_trap_12_fused_experts_are_pruned_each_by_its_rows(is_transposed):
     assert rows.unique().tolist() == [2 if is_transposed else 4]
 
 
+@pytest.mark.parametrize(("is_transposed", "rows"), [(False, 4), (True, 8)])
+def test_trap_12_no_block_spans_two_experts(is_transposed, rows):
+    model = TransposedExperts(is_transposed)
+    message = rf"'up' is a stack .* of {rows} rows each, and blocks of 3 rows would span two"
+    with pytest.raises(ValueError, match=message):
+        MaskGenerator(model, 0.5, "block:3x1", include="up")
+    with pytest.raises(ValueError, match=message):
+        MagnitudePruner(0.5, pattern="block:3x1", include="up").compute_masks(model)
+    with pytest.raises(ValueError, match=message):
+        sensitivity_scan(model, lambda m: 1.0, pattern="block:3x1", include="up")
+    mask = MaskGenerator(model, 0.5, f"block:{rows}x1", include="up").generate_masks()["up"]
+    for expert in mask.transpose(1, 2) if is_transposed else mask:
+        assert Block(rows, 1).violations(expert) == 0
+    both = nn.ModuleDict({"experts": model, "fc": nn.Linear(4, 4)})
+    assert list(MaskGenerator(both, {"fc": 0.5}, "block:3x1", include="*").generate_masks()) == ["fc.weight"]
+
+
 def test_trap_13_an_excluded_layer_has_no_mask():
     assert "4.weight" not in MaskGenerator(network(), 0.5, exclude="4").generate_masks()
     with pytest.raises(ValueError, match=r"the glob '4.' matches no weight"):
@@ -231,5 +250,5 @@ def test_input_nan_weights_are_an_error_that_names_the_layer():
     model = network()
     with torch.no_grad():
         model[4].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"scores of '4.weight' holds 1 NaN"):
+    with pytest.raises(ValueError, match=r"scores of '4.weight' hold 1 NaN"):
         compute_unstructured_mask(model, 0.5)

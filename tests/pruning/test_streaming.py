@@ -242,3 +242,13 @@ def test_input_what_is_no_state_dict(tmp_path):
         compute_masks_for_state_dict({"a.weight": torch.ones(2, 2, device="meta")}, 0.5)
     with pytest.raises(FileNotFoundError, match="make it first"):
         compute_masks_for_state_dict({"a.weight": torch.ones(2, 2)}, 0.5, into=tmp_path / "no" / "m.safetensors")
+
+
+@pytest.mark.parametrize(("transposed", "rows"), [(None, 6), ("*.up", 8)])
+def test_trap_12_no_block_spans_two_experts(state, transposed, rows):
+    options = {"include": "*.up", "transposed": transposed}
+    with pytest.raises(ValueError, match=rf"'layers.1.experts.up' is a stack .* of {rows} rows .* blocks of 5 rows"):
+        compute_masks_for_state_dict(state, 0.5, pattern="block:5x1", **options)
+    mask = compute_masks_for_state_dict(state, 0.5, pattern="block:2x1", **options)["layers.1.experts.up"]
+    for expert in mask.transpose(1, 2) if transposed else mask:
+        assert get_pattern("block:2x1").violations(expert) == 0

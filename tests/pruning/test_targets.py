@@ -22,7 +22,8 @@ def test_trap_10_and_13_embedding_head_and_norms_are_left_out_and_said(tied):
     if tied:
         assert skipped["lm_head.weight"] == "output head tied to wte.weight"
     else:
-        assert (skipped["wte.weight"], skipped["lm_head.weight"]) == ("embedding", "output head")
+        assert skipped["lm_head.weight"] == "output head"
+    assert skipped["wte.weight"] == "embedding"
     assert skipped["norms and biases"].startswith("8 vectors")
 
 
@@ -30,6 +31,17 @@ def test_names_and_modules_agree():
     names, skipped = state_dict_targets(shapes_of(Net()))
     assert names == BODY
     assert skipped == pruning_targets(Net())[1]
+
+
+def test_names_and_modules_agree_about_a_tie():
+    expected = pruning_targets(Net(tied=True))[1]
+    stored_once = {name: shape for name, shape in shapes_of(Net()).items() if name != "lm_head.weight"}
+    for shapes in (stored_once, shapes_of(Net())):
+        assert state_dict_targets(shapes, tied=True)[1] == expected
+    assert "lm_head.weight" not in state_dict_targets(stored_once)[1]
+    skipped = pruning_targets(Net(tied=True), "blocks.*")[1]
+    assert skipped["wte.weight"] == skipped["lm_head.weight"] == "not named by include"
+    assert pruning_targets(Net(tied=True), exclude="wte")[1]["wte.weight"] == "excluded"
 
 
 def test_what_hugging_face_calls_the_output_is_left_out_under_any_name():

@@ -360,6 +360,15 @@ def test_clear_errors() -> None:
     assert all(isinstance(m, SparseMask) for m in sparsifier.masks.values())
 
 
+def test_trap_12_no_block_spans_two_experts() -> None:
+    model = nn.Module()
+    model.up = nn.Parameter(torch.randn(3, 4, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"'up' is a stack .* of 4 rows each, and blocks of 3 rows would span two"):
+        Sparsifier(model, optimizer, Static(sparsity=0.5), pattern="block:3x1", include="up")
+    Sparsifier(model, optimizer, Static(sparsity=0.5), pattern="block:2x1", include="up")
+
+
 @pytest.mark.parametrize("rule", [Static(sparsity=0.5), Magnitude(sparsity=0.9, end_step=100), RESU(sparsity=0.5)])
 def test_a_report_is_there_before_the_first_step_and_for_dense_layers(rule: Algorithm) -> None:
     model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 3))

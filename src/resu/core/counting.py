@@ -138,8 +138,9 @@ def check_finite(x: Tensor, what: str) -> None:
     # One pass without a temporary: minimum and maximum are finite exactly if everything is.
     if not bool(torch.isfinite(torch.stack(_comparable(x.detach()).aminmax())).all()):
         bad = int((~torch.isfinite(x)).sum())
+        verb = "hold" if what.startswith(("inputs", "scores")) else "holds"
         raise ValueError(
-            f"{what} holds {bad} NaN or infinite values of {x.numel()}; clean the weights or statistics before pruning"
+            f"{what} {verb} {bad} NaN or infinite values of {x.numel()}; clean the weights or statistics before pruning"
         )
 
 

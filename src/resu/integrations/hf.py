@@ -22,6 +22,7 @@ from resu.core.mask import SparseMask
 from resu.core.mask_files import write_masks, write_safetensors
 from resu.core.shards import INDEX, Shards
 from resu.formats.compressed import write_compressed
+from resu.formats.shards import write_shard
 from resu.integrations.folders import copy_companions, new_folder
 
 __all__ = ["LAYOUTS", "check_directory", "load_model", "load_tokenizer", "quiet", "save_pruned"]
@@ -187,7 +188,8 @@ def save_pruned(
 
     ``from_pretrained`` loads it: weights with exact zeros, with the names, dtypes and ties of the source;
     ``config.json``, tokenizer and every other file that lies beside the weights (``1_Pooling`` and ``modules.json``
-    of sentence encoders, licence). Added are ``masks.safetensors`` and ``pruning.json``, the report.
+    of sentence encoders, licence). Added are ``masks.safetensors``, ``pruning.json``, the report, and in the headers of
+    the weight files a checksum for each tensor, which ``resu validate`` compares.
 
     Args:
         model: A ``PreTrainedModel`` from :func:`load_model`, pruned in place.
@@ -235,6 +237,8 @@ def save_pruned(
         }
         if layout == "bitmask":
             report["bytes"] = _to_bitmask(after, masks)
+        else:
+            _seal(temporary)
         summary = {key: report.get(key) for key in ("method", "pattern", "distribution", "sparsity", "actual")}
         write_masks(masks, temporary / "masks.safetensors", summary)
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
@@ -286,6 +290,15 @@ def _restore_dtypes(before: Shards, after: Shards) -> None:
                 if name in wrong:
                     tensors[name] = tensors[name].to(before.dtype(name))
         write_safetensors(tensors, after.folder / file, after.metadata[file])
+
+
+def _seal(folder: Path) -> None:
+    """Write the weight files again with a checksum for each tensor, as those of methods without data have them."""
+    shards = Shards.open(folder)
+    bits = folder / ".bits"  # there is nothing left to prune, so it stays empty
+    for file in shards.files:
+        write_shard(shards, file, folder / file, {}, bits, overwrite=True)
+        bits.unlink()
 
 
 def _to_bitmask(shards: Shards, masks: Mapping[str, SparseMask]) -> int:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from resu.core.counting import check_sparsity
-from resu.core.pattern import NM, Pattern
+from resu.core.layers import Layer
+from resu.core.pattern import NM, Block, Pattern
 from resu.pruning.allocation import Allocation, allocate, allocations, match_sparsities, needs_scores
 
-__all__ = ["Budget", "check_request", "plan_budget"]
+__all__ = ["Budget", "check_request", "check_stacks", "plan_budget", "stack_rows"]
 
 Distribution = str | Allocation
 
@@ -113,11 +114,45 @@ def check_request(
     return sparsity
 
 
+def stack_rows(layers: Mapping[str, Layer]) -> dict[str, int]:
+    """``{name: rows of each matrix}`` of the layers that are stacks of matrices (fused experts)."""
+    return {
+        name: layer.matrix(layer.weight).shape[0] // layer.weight.shape[0]
+        for name, layer in layers.items()
+        if layer.stacked
+    }
+
+
+def check_stacks(pattern: Pattern, stacks: Mapping[str, int]) -> None:
+    """Raise where blocks would span two matrices of a stack, which is seen as ``[experts*out, in]``.
+
+    Args:
+        pattern: Which positions compete.
+        stacks: ``{name: rows of each matrix}``, see :func:`stack_rows`.
+
+    Raises:
+        ValueError: On a block whose height does not divide the rows; the allowed heights are named.
+
+    Example:
+        >>> check_stacks(Block(4, 1), {"experts.up_proj": 16})
+    """
+    if not isinstance(pattern, Block):
+        return
+    for name, rows in stacks.items():
+        if rows % pattern.h:
+            allowed = ", ".join(str(h) for h in range(1, rows + 1) if rows % h == 0)
+            raise ValueError(
+                f"{name!r} is a stack of matrices (experts) of {rows} rows each, and blocks of {pattern.h} rows would "
+                f"span two of them; use a height that divides {rows} ({allowed}), or exclude it"
+            )
+
+
 def plan_budget(
     names: Iterable[str],
     sparsity: float | Mapping[str, float] | None,
     pattern: Pattern,
     distribution: Distribution | None = None,
+    stacks: Mapping[str, int] | None = None,
 ) -> Budget:
     """A budget for these layers, of what :func:`check_request` lets through.
 
@@ -127,10 +162,13 @@ def plan_budget(
             none get no mask.
         pattern: Which positions compete.
         distribution: How one sparsity is divided over layers; None: every layer gets it.
+        stacks: ``{name: rows of each matrix}`` of layers that are seen as ``[experts*out, in]``, such as
+            :func:`stack_rows` gives it.
 
     Raises:
         TypeError: As :func:`check_request`.
-        ValueError: As :func:`check_request`, and on a glob that matches nothing.
+        ValueError: As :func:`check_request`; on a glob that matches nothing; on blocks that would span two matrices of
+            a stack.
 
     Example:
         >>> plan_budget(["fc1.weight"], None, NM(2, 4)).keeps({"fc1.weight": torch.Size([8, 16])})
@@ -139,5 +177,8 @@ def plan_budget(
     names = list(names)
     asked = check_request(sparsity, pattern, distribution)
     if isinstance(asked, Mapping):
-        return Budget(pattern, match_sparsities(asked, names), distribution)
-    return Budget(pattern, dict.fromkeys(names, asked), distribution, asked)
+        budget = Budget(pattern, match_sparsities(asked, names), distribution)
+    else:
+        budget = Budget(pattern, dict.fromkeys(names, asked), distribution, asked)
+    check_stacks(pattern, {name: rows for name, rows in (stacks or {}).items() if name in budget.sparsities})
+    return budget

@@ -11,7 +11,7 @@ from resu.core.counting import check_sparsity
 from resu.core.globs import glob_list
 from resu.core.pattern import Pattern, Unstructured, get_pattern
 from resu.pruning.allocation import Allocation
-from resu.pruning.budget import check_request
+from resu.pruning.budget import check_request, stack_rows
 from resu.pruning.compression import CompressionStats
 from resu.pruning.importance import compute_layer_importance, importances
 from resu.pruning.mask_ops import apply_masks_to_model
@@ -118,7 +118,7 @@ class MagnitudePruner:
         )
         seen = {name: layers[name].matrix(scores[name]) for name in layers}
         before = {name: layers[name].matrix(mask) for name, mask in (within or {}).items() if name in layers}
-        chosen = choose_masks(seen, wanted, self.pattern, self.distribution, before)
+        chosen = choose_masks(seen, wanted, self.pattern, self.distribution, before, stack_rows(layers))
         return {name: layers[name].unmatrix(mask) for name, mask in chosen.items()}
 
     def prune(

@@ -11,7 +11,7 @@ from resu.core.counting import check_finite
 from resu.core.layers import select
 from resu.core.pattern import Channel, Pattern, Unstructured, get_pattern
 from resu.pruning.allocation import Allocation
-from resu.pruning.budget import plan_budget
+from resu.pruning.budget import plan_budget, stack_rows
 from resu.pruning.importance import importances
 from resu.pruning.importance.layers import scores_of
 from resu.pruning.streaming import compute_masks_for_state_dict
@@ -92,7 +92,7 @@ class MaskGenerator:
         self.layers = select(model, include, exclude)
         importance = importances[importance_metric]
         self.pattern = Unstructured(importance.scope) if method == "unstructured" else get_pattern(method)
-        self._budget = plan_budget(self.layers, sparsity, self.pattern, distribution)
+        self._budget = plan_budget(self.layers, sparsity, self.pattern, distribution, stack_rows(self.layers))
 
     def generate_masks(self) -> dict[str, Tensor]:
         """``{parameter name: bool mask}``, True = kept, each of the parameter's shape.

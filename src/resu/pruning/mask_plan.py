@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,14 @@ from resu.core.counting import check_finite, keep_count
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
 from resu.core.ranks import Ranks
 from resu.core.score_keys import has_keys
+from resu.core.shards import Shards
 from resu.pruning.allocation import Allocation, allocations, needs_scores
 from resu.pruning.budget import Budget, plan_budget
 from resu.pruning.cut_search import find_cuts
 from resu.pruning.cuts import Cut, Reading, spread
 from resu.pruning.importance import importances
-from resu.pruning.targets import state_dict_targets
-from resu.pruning.weight_scores import LampScores, Weights, WeightScores
+from resu.pruning.targets import HEADS, state_dict_targets
+from resu.pruning.weight_scores import LampScores, Weights, WeightScores, matrix_rows
 
 __all__ = ["MaskPlan", "Masker", "plan_masks"]
 
@@ -126,7 +128,7 @@ def _chosen(
     exclude: str | Iterable[str] | None,
 ) -> tuple[list[str], dict[str, str]]:
     """Floating weights among the targets; stored codes and the like have no magnitude of their own."""
-    names, skipped = state_dict_targets(shapes, include, exclude)
+    names, skipped = state_dict_targets(shapes, include, exclude, tied=_has_tied_head(weights, shapes))
     odd = [name for name in names if not has_keys(weights.dtype(name))]
     if odd and include is not None:
         raise ValueError(
@@ -138,6 +140,21 @@ def _chosen(
     if not left:
         raise ValueError(f"none of the {len(names)} weights is floating with 16 bits or more; dequantize them first")
     return left, skipped | reasons
+
+
+def _has_tied_head(weights: Weights, names: Iterable[str]) -> bool:
+    """Whether ``config.json`` beside the weights is that of a model whose output head is its embedding."""
+    file = weights.folder / "config.json" if isinstance(weights, Shards) else None
+    if file is None or not file.is_file():
+        return False
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        speaks = any("CausalLM" in kind or "LMHead" in kind for kind in config.get("architectures") or [])
+        # A head that is not stored can only be the embedding; configurations often do not say what is the default.
+        stored = any(part in HEADS for name in names for part in name.split("."))
+        return speaks and bool(config.get("tie_word_embeddings", not stored))
+    except (ValueError, AttributeError, TypeError):
+        return False  # what is wrong with it is said by those who need more of it
 
 
 def plan_masks(
@@ -183,7 +200,9 @@ def plan_masks(
         )
     chosen = Unstructured(importance.scope) if pattern is None else get_pattern(pattern)
     names, skipped = _chosen(weights, shapes, include, exclude)
-    budget = plan_budget(names, sparsity, chosen, distribution)
+    rows = {name: matrix_rows(name, shapes[name], name in transposed) for name in names}
+    stacks = {name: n for name, n in rows.items() if n is not None}
+    budget = plan_budget(names, sparsity, chosen, distribution, stacks)
     if budget.needs_scores and distribution not in RANKED:
         known = [name for name in allocations if name in RANKED or not needs_scores(name)]
         raise ValueError(

@@ -21,6 +21,7 @@ def choose_masks(
     pattern: Pattern,
     distribution: str | Allocation | None = None,
     within: Mapping[str, Tensor] | None = None,
+    stacks: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """The masks that keep the highest scores, exact in count, and keep nothing that ``within`` has pruned.
 
@@ -32,12 +33,14 @@ def choose_masks(
         distribution: How one sparsity is divided over the layers; None: every layer gets ``sparsity``.
         within: Earlier masks by name, True = may be kept. A layer that is sparser already stays as it is; where one
             layer has fewer weights left than its share, the others keep the difference.
+        stacks: As in :func:`resu.pruning.budget.plan_budget`.
 
     Returns:
         ``{name: bool mask}`` of the scores' shapes.
 
     Raises:
-        ValueError: On NaN scores, or a sparsity the pattern or distribution cannot have.
+        ValueError: On NaN scores, a sparsity the pattern or distribution cannot have, or blocks across matrices of a
+            stack.
 
     Example:
         >>> import torch
@@ -47,7 +50,7 @@ def choose_masks(
         >>> choose_masks(scores, 0.5, Unstructured(), within=within)["w"]
         tensor([[False,  True,  True, False]])
     """
-    budget = plan_budget(scores, sparsity, pattern, distribution)
+    budget = plan_budget(scores, sparsity, pattern, distribution, stacks)
     scores = {name: scores[name] for name in budget.sparsities}
     for name, score in scores.items():
         check_finite(score, f"scores of {name!r}")

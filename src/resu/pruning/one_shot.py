@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resu.core.counting import check_finite
 from resu.core.layers import Layer
 from resu.core.pattern import Pattern, Unstructured, get_pattern
 from resu.pruning.allocation import Allocation, described
-from resu.pruning.budget import plan_budget
+from resu.pruning.budget import plan_budget, stack_rows
 from resu.pruning.decisions import Recipe
 from resu.pruning.importance import importances
 from resu.pruning.layerwise import Walk
@@ -80,7 +81,8 @@ def prune_model(
             matches a layer counts and layers matched by none stay dense; None: that of an N:M pattern.
         method: Name of a registered importance. ``"sparsegpt"`` is the solver: mask and weight update in one.
         pattern: A pattern or its name (``"2:4"``, ``"row"``, ``"block:16x1"``); None: single weights, which compete
-            where the score says (Wanda within rows, the others within the layer).
+            where the score says (Wanda within rows, the others within the layer). The height of blocks must divide the
+            rows of each expert of a fused stack.
         distribution: How one sparsity is divided over layers (``"erk"``, ``"global"``, ``"owl"``, …); None: every layer
             gets ``sparsity``.
         calibration: Batches: tensors, tuples whose first entry is the input, or mappings of keyword arguments (with
@@ -105,8 +107,9 @@ def prune_model(
 
     Raises:
         ValueError: On an unknown name (the known ones are listed), a sparsity outside [0, 1) or one that the pattern
-            does not have, a combination that makes no sense, a glob that matches nothing, missing calibration, NaN in
-            weights or in a layer's inputs (the layer is named), or a checkpoint of another run (what differs is named).
+            does not have, a combination that makes no sense, a glob that matches nothing, missing calibration, NaN or
+            infinity in what is pruned, with calibration in any parameter, or in a layer's inputs (each by name), blocks
+            across experts, or a checkpoint of another run (what differs is named).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -122,13 +125,14 @@ def prune_model(
     recipe = Recipe(method, chosen, refine, update, seed)
     layers, skipped = pruning_targets(model, include, exclude)
     _check_weights(layers)
-    budget = plan_budget(layers, sparsity, chosen, distribution)
+    budget = plan_budget(layers, sparsity, chosen, distribution, stack_rows(layers))
     skipped |= {name: "matched by no glob of sparsity" for name in layers if name not in budget.sparsities}
     layers = {name: layers[name] for name in budget.sparsities}
     batches = _check_data(recipe, _batches(calibration), loss_fn)
+    _check_values(model, layers, everything=bool(recipe.needs))
     asked = {
         "method": method,
-        "pattern": repr(chosen),
+        "pattern": str(chosen),
         "distribution": described(distribution),
         "sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else budget.sparsity,
         "refine": refine,
@@ -171,6 +175,22 @@ def _check_weights(layers: Mapping[str, Layer]) -> None:
             raise ValueError(f"{name!r} has dtype {weight.dtype}; dequantize it first, or exclude it")
         if not weight.numel():
             raise ValueError(f"{name!r} is empty (shape {tuple(weight.shape)}); exclude it")
+
+
+def _check_values(model: nn.Module, layers: Mapping[str, Layer], *, everything: bool) -> None:
+    """NaN, infinity: named where they are, before the layers behind them see them in their inputs.
+
+    Args:
+        model: The model.
+        layers: What is pruned.
+        everything: Whether the model is run, so that its other parameters matter too.
+    """
+    for name, layer in layers.items():
+        check_finite(layer.weight, repr(name))
+    pruned = {id(layer.weight) for layer in layers.values()}
+    for name, parameter in model.named_parameters() if everything else ():
+        if id(parameter) not in pruned and not parameter.is_meta:
+            check_finite(parameter, repr(name))
 
 
 def _batches(calibration: Iterable[Any] | None) -> list[Any] | None:

@@ -19,6 +19,7 @@ from resu.core.io import FileFormatError, open_header, replacing, seal_header
 from resu.core.layers import Layer
 from resu.core.mask import SparseMask
 from resu.core.pattern import Pattern, Unstructured, get_pattern
+from resu.pruning.budget import check_stacks, stack_rows
 from resu.pruning.importance import compute_layer_importance, importances
 from resu.pruning.sensitivity_allocation import Point, Sensitivity, allocate_by_sensitivity
 from resu.pruning.snapshots import model_checksum
@@ -87,6 +88,7 @@ def sensitivity_scan(
     layers, _ = pruning_targets(model, include, exclude)
     importance = importances[method]
     shape = Unstructured(importance.scope) if pattern is None else get_pattern(pattern)
+    check_stacks(shape, stack_rows(layers))
     settings: dict[str, Any] = {
         "method": method,
         "pattern": repr(shape),

@@ -15,10 +15,12 @@ from torch import nn
 from resu.core.globs import glob_list, glob_matches, listing
 from resu.core.layers import Layer, every_weight, select
 
-__all__ = ["pruning_targets", "state_dict_targets"]
+__all__ = ["HEADS", "pruning_targets", "state_dict_targets"]
 
-_HEADS = ("lm_head", "embed_out")  # embed_out: the output head of GPT-NeoX
+HEADS = ("lm_head", "embed_out")  # embed_out: the output head of GPT-NeoX
 _VECTORS = "norms and biases"
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_TIED = ("output head tied to", "tied to")
 
 
 def pruning_targets(
@@ -59,12 +61,16 @@ def pruning_targets(
     chosen = {name: layer for name, layer in layers.items() if name not in heads}
     if not chosen:
         raise ValueError(f"only the output head is left to prune ({', '.join(layers)}); name it in include to prune it")
-    skipped = {}
+    skipped: dict[str, str] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in everything.items():
         if name not in chosen:
             names = (name, *layer.ties)
             left_out = any(glob_matches(g, n) for g in exclude for n in names)
-            skipped[name] = "excluded" if left_out else _reason(layer, name in heads, include is not None)
+            reason = "excluded" if left_out else _reason(layer, name in heads, include is not None)
+            # A tie is one layer under the name that multiplies; the embedding it is tied to is looked for by its own.
+            tables = [tie for tie in layer.ties if isinstance(modules[tie.rpartition(".")[0]], _TABLES)]
+            skipped |= dict.fromkeys(tables, "embedding" if reason.startswith(_TIED) else reason) | {name: reason}
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return chosen, skipped | _vectors([p.shape for p in vectors])
 
@@ -75,19 +81,18 @@ def _is_head(model: nn.Module, layer: Layer) -> bool:
     if isinstance(head, nn.Module) and any(p is layer.weight for p in head.parameters()):
         return True
     names = (layer.name, *layer.ties)
-    return any(part in _HEADS for name in names for part in name.split(".")[:-1])
+    return any(part in HEADS for name in names for part in name.split(".")[:-1])
 
 
 def _reason(layer: Layer, head: bool, named: bool) -> str:
     if named:
         return "not named by include"
     kind = type(layer.module).__name__
-    embeddings = (nn.Embedding, nn.EmbeddingBag)
     if head and not layer.ties:
         return "output head"
-    if layer.ties and not isinstance(layer.module, embeddings):
-        return f"{'output head ' if head else ''}tied to {', '.join(layer.ties)}"
-    if isinstance(layer.module, embeddings) or "embed" in layer.attribute:
+    if layer.ties and not isinstance(layer.module, _TABLES):
+        return f"{_TIED[0] if head else _TIED[1]} {', '.join(layer.ties)}"
+    if isinstance(layer.module, _TABLES) or "embed" in layer.attribute:
         return "embedding"
     if "norm" in kind.lower():
         return "norm"
@@ -105,6 +110,7 @@ def _vectors(shapes: Sequence[torch.Size]) -> dict[str, str]:
 _EMBEDDING = re.compile(
     r"(?:\w+_)?embed(?:ding|dings|s)?\d*(?:_tokens|_positions|_in|_layer)?|\w+embeddings?|wte|wpe|shared|\w+_attention_bias"
 )
+_TOKENS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")  # not those of positions
 _NORM = re.compile(r"(?:\w+_)?(?:ln|bn|\w*norm)\d*(?:_\w+)?", re.IGNORECASE)
 _BUFFER = re.compile(r"(?:\w+_)?bias|\w*_ids|\w*inv_freq|\w+_cached|running_\w+")
 
@@ -113,6 +119,8 @@ def state_dict_targets(
     shapes: Mapping[str, torch.Size],
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    *,
+    tied: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """The same as :func:`pruning_targets` for a checkpoint, by names and shapes alone.
 
@@ -125,6 +133,8 @@ def state_dict_targets(
         shapes: ``{tensor name: shape}``.
         include: Globs over tensor names ("fc1.weight") or module names ("fc1"); exactly those are taken.
         exclude: Globs of what to leave out; applied last.
+        tied: Whether the model's output head is its embedding; where that is one tensor without doubt, the head is
+            named with the tie, stored or not.
 
     Returns:
         The names taken, in the order of ``shapes``, never empty; and ``{name: reason}`` of the others.
@@ -158,13 +168,23 @@ def state_dict_targets(
             f"no prunable weight is selected; name weights in include. Left out: "
             f"{'; '.join(f'{n} ({why})' for n, why in list(skipped.items())[:20]) or 'only vectors'}"
         )
+    if tied:
+        _name_tie(skipped)
     return chosen, skipped | _vectors([s for n, s in shapes.items() if n not in matrices])
+
+
+def _name_tie(skipped: dict[str, str]) -> None:
+    """Say of the output head what it is tied to, as :func:`pruning_targets` does, which sees it."""
+    tables = [n for n, why in skipped.items() if why == "embedding" and n.endswith(_TOKENS)]
+    heads = [n for n, why in skipped.items() if why == "output head"] or ["lm_head.weight"]
+    if len(tables) == len(heads) == 1:
+        skipped[heads[0]] = f"{_TIED[0]} {tables[0]}"
 
 
 def _reason_by_name(name: str, shape: torch.Size) -> str | None:
     *modules, attribute = name.split(".")
     owner = modules[-1] if modules else ""
-    if any(part in _HEADS for part in modules):
+    if any(part in HEADS for part in modules):
         return "output head"
     if _BUFFER.fullmatch(attribute):
         return "bias or buffer"

@@ -101,9 +101,10 @@ class WeightScores:
     def matrix_shape(self, name: str) -> torch.Size:
         """The shape in which scores and patterns see a weight: ``[out, in…]``; a stack as ``[experts*out, in]``."""
         shape = self.weights.shape(name)
-        if name in self.transposed:
-            return torch.Size((math.prod(shape[:-2]) * shape[-1], shape[-2]))
-        return torch.Size((shape[0] * shape[1], shape[2])) if is_stack(name, shape) else shape
+        rows = matrix_rows(name, shape, name in self.transposed)
+        if rows is None:
+            return shape[::-1] if name in self.transposed else shape
+        return torch.Size((math.prod(shape[:-2]) * rows, shape[-2] if name in self.transposed else shape[-1]))
 
     def whole(self, name: str) -> Tensor:
         """Scores of a layer in the shape of :meth:`matrix_shape`.
@@ -162,6 +163,11 @@ class LampScores:
         yield torch.from_numpy(values).repeat_interleave(counts)
 
 
-def is_stack(name: str, shape: torch.Size) -> bool:
-    """Whether a weight is a stack of matrices ``[experts, out, in]``; a 3-D weight is, unless its name says "conv"."""
-    return len(shape) == 3 and "conv" not in name.lower()
+def matrix_rows(name: str, shape: torch.Size, transposed: bool) -> int | None:
+    """Rows of each matrix where a weight is a stack, ``[experts, out, in]`` or transposed; None where it is none.
+
+    A 3-D weight is one, unless its name says "conv".
+    """
+    if transposed:
+        return shape[-1] if len(shape) > 2 else None
+    return shape[1] if len(shape) == 3 and "conv" not in name.lower() else None

@@ -18,6 +18,7 @@ from resu.core.optimizer_state import clear_state
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
 from resu.core.randomness import derived_generator
 from resu.pruning.allocation import Allocation, described, global_masks, needs_scores
+from resu.pruning.budget import check_stacks, stack_rows
 from resu.training.algorithms.base import Algorithm, View
 from resu.training.budget import check_distribution, keeps_at
 from resu.training.report import LayerReport, SparsityReport
@@ -125,6 +126,7 @@ class Sparsifier:
                 f"{', '.join(held[:5])} {'is' if len(held) == 1 else 'are'} held by a mask already; call commit() on "
                 "the Sparsifier that made it, or remove_mask() on the layer, before another takes over"
             )
+        check_stacks(self.pattern, stack_rows(self.layers))
         shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
         check_distribution(self.distribution, shapes, self.algorithm.sparsity)
         if isinstance(self.pattern, NM) and isinstance(self.distribution, str):
