@@ -14,7 +14,10 @@ import transformers
 
 from resu.core.io import FileFormatError
 from resu.core.mask_files import read_masks
+from resu.formats.validate import validate
 from resu.integrations.hf import load_model, load_tokenizer, save_pruned
+from resu.pruning.mask_ops import load_mask
+from resu.pruning.one_shot import prune_model
 
 
 @pytest.fixture
@@ -66,6 +69,19 @@ def test_a_pruned_model_loads_with_its_zeros_and_ties_and_nothing_else_changed(s
     assert report["bytes"] == 4 * 260_032
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
         assert (tmp_path / "out" / name).read_bytes() == (stories / name).read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+def test_trap_10_a_tied_weight_has_one_mask_under_the_name_that_is_stored(stories, tmp_path, layout):
+    model, tokenizer = load_model(stories)
+    result = prune_model(model, 0.5, include=["lm_head", "*.q_proj"])
+    report = save_pruned(model, tokenizer, result, stories, tmp_path / "out", layout=layout)
+    masks, _ = load_mask(tmp_path / "out" / "masks.safetensors")
+    assert "model.embed_tokens.weight" in masks
+    assert "lm_head.weight" not in masks
+    assert torch.equal(masks["model.embed_tokens.weight"], result.masks["lm_head.weight"])
+    assert sorted(row["name"] for row in report["layers"]) == sorted(masks)
+    assert validate(tmp_path / "out")["violations"] == []
 
 
 def test_shards_and_half_precision_are_kept(stories, tmp_path):
@@ -136,7 +152,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half_written(stories
     with pytest.raises(FileExistsError, match="overwrite=True"):
         save_pruned(model, tokenizer, result, stories, tmp_path / "out")
     save_pruned(model, tokenizer, result, stories, tmp_path / "out", overwrite=True)
-    broken = SimpleNamespace(masks=result.masks, report={"seconds": math.nan, "warnings": []})
+    broken = SimpleNamespace(masks=result.masks, report={"seconds": math.nan, "layers": [], "warnings": []})
     with pytest.raises(ValueError, match="JSON"):
         save_pruned(model, tokenizer, broken, stories, tmp_path / "second")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

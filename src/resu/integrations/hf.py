@@ -225,15 +225,18 @@ def save_pruned(
             tokenizer.save_pretrained(temporary)
         lost = [f"tensor {n} is not in the output" for n in _not_carried(model, before, after)]
         lost += [f"{file} was not copied: it holds unpruned weights" for file in left_out]
+        stored = _stored_names(model, after)
         report = {
             **result.report,
+            "layers": [{**row, "name": stored.get(row["name"], row["name"])} for row in result.report["layers"]],
             "source": str(folder),
             "layout": layout,
             "bytes": sum(after.nbytes(name) for name in after.names),
             "warnings": [*result.report["warnings"], *lost],
         }
         masks = {
-            name: mask if isinstance(mask, SparseMask) else SparseMask(mask) for name, mask in result.masks.items()
+            stored.get(name, name): mask if isinstance(mask, SparseMask) else SparseMask(mask)
+            for name, mask in result.masks.items()
         }
         if layout == "bitmask":
             report["bytes"] = _to_bitmask(after, masks)
@@ -266,12 +269,27 @@ def _write_model(model: Any, folder: Path, max_shard_size: str) -> None:
         file.chmod((folder / "config.json").stat().st_mode & 0o777)
 
 
-def _not_carried(model: Any, before: Shards, after: Shards) -> list[str]:
-    """Tensors of the source that are not in the output, other names of tied weights aside."""
+def _tied_names(model: Any) -> list[list[str]]:
+    """The names of each weight that has more than one."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    tied = {name for group in names.values() if len(group) > 1 for name in group}
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _stored_names(model: Any, after: Shards) -> dict[str, str]:
+    """Of tied weights, which are stored once: each name and the one in the file."""
+    held = set(after.names)
+    found = {}
+    for group in _tied_names(model):
+        in_file = [name for name in group if name in held]
+        found |= {name: in_file[0] for name in group if in_file and name not in held}
+    return found
+
+
+def _not_carried(model: Any, before: Shards, after: Shards) -> list[str]:
+    """Tensors of the source that are not in the output, other names of tied weights aside."""
+    tied = {name for group in _tied_names(model) for name in group}
     prefix = f"{model.base_model_prefix}."  # with or without it, it is the same tensor to from_pretrained
     # Buffers are in the model whether a file has them or not (position_ids of older checkpoints).
     buffers = {name for name, _ in model.named_buffers()}
