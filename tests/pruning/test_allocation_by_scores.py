@@ -111,7 +111,7 @@ def test_scores_below_zero_are_refused_with_the_reason(name):
 def test_scores_that_are_missing_or_not_finite_are_said(name, bad):
     with pytest.raises(ValueError, match=r"looks at the scores of all layers together; none given for \['a'\]"):
         allocate(name, {"a": torch.Size([2, 2])}, 0.5)
-    with pytest.raises(ValueError, match="holds 1 NaN or infinite"):
+    with pytest.raises(ValueError, match="hold 1 NaN or infinite"):
         allocate(name, {"a": torch.Size([1, 2])}, 0.5, {"a": torch.tensor([[1.0, bad]])})
 
 

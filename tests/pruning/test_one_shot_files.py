@@ -80,7 +80,7 @@ def interrupted(tmp_path, stop=9, **options):
     [
         ({"sparsity": 0.6}, r"other settings \(sparsity 0.5, now 0.6\)"),
         ({"method": "ria"}, r"\(method wanda, now ria"),
-        ({"pattern": "tensor"}, r"\(pattern Unstructured\(scope='row'\), now Unstructured\(scope='tensor'\)\)"),
+        ({"pattern": "tensor"}, r"\(pattern row, now tensor\)"),
         ({"distribution": "erk"}, r"\(distribution None, now erk\)"),
         ({"refine": "dsnot"}, r"\(refine None, now dsnot\)"),
         ({"update": "sparsegpt"}, r"\(update None, now sparsegpt\)"),

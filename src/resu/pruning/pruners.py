@@ -40,7 +40,7 @@ def create_pruner(name: str, **options: Any) -> Any:
         0.8
         >>> create_pruner("magnitud")
         Traceback (most recent call last):
-        ValueError: unknown pruner 'magnitud'; known: gradual, ...magnitude
+        ValueError: unknown pruner 'magnitud'; known: ...magnitude...
     """
     make = pruners[name]
     signature = inspect.signature(make)
