@@ -280,7 +280,7 @@ def _tied_names(model: Any) -> list[list[str]]:
 def _stored_names(model: Any, after: Shards) -> dict[str, str]:
     """Of tied weights, which are stored once: each name and the one in the file."""
     held = set(after.names)
-    found = {}
+    found: dict[str, str] = {}
     for group in _tied_names(model):
         in_file = [name for name in group if name in held]
         found |= {name: in_file[0] for name in group if in_file and name not in held}
