@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resu.core.io import FileFormatError, open_header, replacing, seal_header, tensor_checksum
+from resu.core.io import FileFormatError, replacing, tensor_checksum
 from resu.core.layers import Layer
 from resu.core.mask import SparseMask
 from resu.core.mask_files import read_masks, write_masks, write_safetensors
 from resu.pruning.layerwise import Activations
 from resu.pruning.links import Slot
+from resu.pruning.run_notes import read_run, write_run
 from resu.pruning.trees import leaves
 
 __all__ = ["OneShotFolder", "batches_checksum", "weight_checksums"]
@@ -110,19 +111,8 @@ class OneShotFolder:
             FileFormatError: If it is damaged.
             ValueError: If it is a run with other settings or of another model; what differs is named.
         """
-        try:
-            given = json.loads(self._run.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise FileFormatError(f"{self._run} is damaged: {error}") from None
-        if not isinstance(given, dict):
-            raise FileFormatError(f"{self._run} is no file of a one-shot run")
-        body = open_header(_KEY, given, _VERSION, self._run)
-        theirs = body["settings"]
-        other = [name for name, value in self.settings.items() if theirs.get(name) != value]
         advice = "use another folder, or delete this one to start over"
-        if other:
-            said = "; ".join(f"{n} {_short(theirs.get(n))}, now {_short(self.settings[n])}" for n in other)
-            raise ValueError(f"{self.path} holds a run with other settings ({said}); {advice}")
+        body = read_run(self._run, _KEY, _VERSION, self.settings, kind="a one-shot run", advice=advice)
         pruned = {name: entry["weight"] for name, entry in body["layers"].items()}
         odd = [name for name, value in weights.items() if value not in (body["weights"].get(name), pruned.get(name))]
         if odd:
@@ -242,10 +232,4 @@ class OneShotFolder:
             raise FileFormatError(f"cannot read {path}: {error}; delete the folder to start over") from None
 
     def _write(self) -> None:
-        with replacing(self._run, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(seal_header(_KEY, self.body)), encoding="utf-8")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+        write_run(self._run, _KEY, self.body)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from resu.core.io import FileFormatError, open_header, replacing, seal_header
 from resu.core.mask import SparseMask
 from resu.core.mask_files import read_masks, write_masks
+from resu.pruning.run_notes import read_run, write_run
 from resu.pruning.snapshots import model_checksum, random_state, read_model, set_random_state, write_model
 
 __all__ = ["RunFolder"]
@@ -58,19 +58,8 @@ class RunFolder:
             FileFormatError: If ``run.json`` is damaged.
             ValueError: If it is a run with other settings, or of another model.
         """
-        try:
-            given = json.loads(self._run.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise FileFormatError(f"{self._run} is damaged: {error}") from None
-        if not isinstance(given, dict):
-            raise FileFormatError(f"{self._run} is no file of an iterative run")
-        body = open_header(_KEY, given, _VERSION, self._run)
         advice = "use another checkpoint_dir, or resume=False with overwrite=True to start over in this one"
-        theirs = body["settings"]
-        other = [name for name, value in self.settings.items() if theirs.get(name) != value]
-        if other:
-            said = "; ".join(f"{n} {_short(theirs.get(n))}, now {_short(self.settings[n])}" for n in other)
-            raise ValueError(f"{self.path} holds a run with other settings ({said}); {advice}")
+        body = read_run(self._run, _KEY, _VERSION, self.settings, kind="an iterative run", advice=advice)
         known = [entry["checksum"] for entry in body["checkpoints"]]
         if model_checksum(model) not in known:
             raise ValueError(
@@ -117,8 +106,7 @@ class RunFolder:
         self._write()
 
     def _write(self) -> None:
-        with replacing(self._run, overwrite=True) as temporary:
-            temporary.write_text(json.dumps(seal_header(_KEY, self.body)), encoding="utf-8")
+        write_run(self._run, _KEY, self.body)
 
     def restore(self, model: nn.Module, *, randomness: bool) -> dict[str, SparseMask]:
         """Put the last checkpoint into ``model``, in place; returns its masks.
@@ -133,8 +121,3 @@ class RunFolder:
         if randomness:
             set_random_state(entry["random"])
         return masks
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "…"
