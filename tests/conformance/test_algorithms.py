@@ -26,6 +26,9 @@ def network():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
+# Rules that know one way of competing only.
+PATTERNS = {"srigl": "row"}
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -36,6 +39,7 @@ class Run:
     def __init__(self, name, optimizer="adamw", **options):
         self.model = network()
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        options.setdefault("pattern", PATTERNS.get(name))
         self.sparsifier = Sparsifier(self.model, self.optimizer, rule_of(name), **options)
         self.at = 0
 

@@ -16,7 +16,7 @@ decay still move a weight.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim.optimizer import (
@@ -28,8 +28,9 @@ from torch.utils.hooks import RemovableHandle
 
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
+from resu.core.sharding import local
 
-__all__ = ["Constraint", "is_held"]
+__all__ = ["Constraint", "GradientObserver", "is_held"]
 
 _live: weakref.WeakSet[Constraint] = weakref.WeakSet()
 _installed = False
@@ -39,8 +40,22 @@ _installed = False
 _STILL = {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "Adadelta"}
 
 
+class GradientObserver(Protocol):
+    """Sees a gradient as it is accumulated, before and after held positions are zeroed in it."""
+
+    def before(self, gradient: Tensor) -> None:
+        """The gradient as the backward pass has left it."""
+        ...
+
+    def after(self, gradient: Tensor) -> None:
+        """The same tensor, masked."""
+        ...
+
+
 class Constraint:
     """Positions of one parameter that no optimizer step may change, until :meth:`remove`.
+
+    Of a parameter that is sharded over ranks (``DTensor``) it holds the part that lies here, with a mask of that shape.
 
     Args:
         parameter: The weight (a leaf that requires grad, or will).
@@ -49,6 +64,11 @@ class Constraint:
         mask_gradient: Whether the gradient at held positions is zeroed. A method that learns from the
             gradient at pruned positions sets it to False for a time; the positions are held all the same.
 
+    Attributes:
+        gradient_mask: With ``kind="zero"``: where the gradient is let through instead of at active positions; None
+            (the usual): there.
+        observer: Told of each gradient, or None.
+
     Raises:
         ValueError: If the mask does not fit the parameter.
     """
@@ -56,14 +76,15 @@ class Constraint:
     def __init__(self, parameter: Tensor, mask: SparseMask, kind: str = "zero", mask_gradient: bool = True) -> None:
         if kind not in ("zero", "frozen"):
             raise ValueError(f"kind must be 'zero' or 'frozen', got {kind!r}")
-        if mask.shape != parameter.shape:
-            raise ValueError(
-                f"mask of shape {tuple(mask.shape)} does not fit a weight of shape {tuple(parameter.shape)}"
-            )
+        here = local(parameter).shape
+        if mask.shape != here:
+            raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit a weight of shape {tuple(here)}")
         self._parameter = weakref.ref(parameter)
         self.mask = mask
         self.kind = kind
         self.mask_gradient = mask_gradient
+        self.gradient_mask: SparseMask | None = None
+        self.observer: GradientObserver | None = None
         self._before: Tensor | None = None
         self._cleared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook: RemovableHandle | None = None
@@ -78,10 +99,10 @@ class Constraint:
         return self._parameter()
 
     def held(self) -> Tensor:
-        """Bool tensor, True where training may change nothing."""
+        """Bool tensor of the local part's shape, True where training may change nothing."""
         parameter = self._parameter()
         if parameter is not None:
-            self._follow(parameter)
+            self._follow(local(parameter))
         mask = self.mask.mask
         return mask.logical_not_() if self.kind == "zero" else mask
 
@@ -89,32 +110,42 @@ class Constraint:
         """Move the mask to where the weight has gone (``model.to(device)`` keeps the parameter object)."""
         if self.mask.device != tensor.device:
             self.mask = self.mask.to(tensor.device)
+            if self.gradient_mask is not None:
+                self.gradient_mask = self.gradient_mask.to(tensor.device)
 
     def _watch(self, parameter: Tensor) -> None:
         if self._hook is None and parameter.requires_grad:
             self._hook = parameter.register_post_accumulate_grad_hook(self._mask_gradient)
 
     def _mask_gradient(self, parameter: Tensor) -> None:
-        grad = parameter.grad
-        if self.mask_gradient and grad is not None:
+        if parameter.grad is None or not (self.mask_gradient or self.observer):
+            return
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
+        grad = local(parameter.grad)
+        if self.observer is not None:
+            self.observer.before(grad)
+        if self.mask_gradient:
             self._follow(grad)
-            if grad.is_sparse:
-                parameter.grad = grad = grad.to_dense()
-            self.mask.zero_(grad, active=self.kind == "frozen")
+            passes = self.mask if self.gradient_mask is None else self.gradient_mask
+            passes.zero_(grad, active=self.kind == "frozen")
+        if self.observer is not None:
+            self.observer.after(grad)
 
     def enforce(self) -> None:
         """Zero the pruned positions now (``kind="zero"``)."""
         parameter = self._parameter()
         if parameter is not None and self.kind == "zero":
-            self._follow(parameter)
-            self.mask.apply_(parameter)
+            here = local(parameter)
+            self._follow(here)
+            self.mask.apply_(here)
 
     def remove(self) -> None:
         """Let go of the parameter: no hook, no copy, no enforcement."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        self._before = None
+        self._before = self.observer = None
         _live.discard(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -134,7 +165,7 @@ class Constraint:
             clear_state(optimizer, parameter, self.held())
             self._cleared.add(optimizer)
         if not (self.mask_gradient and _keeps_bits(optimizer, group)):
-            self._before = parameter.detach().clone()
+            self._before = local(parameter).detach().clone()
 
     def _after_step(self) -> None:
         parameter = self._parameter()
@@ -142,7 +173,7 @@ class Constraint:
         if self.kind == "zero":
             self.enforce()
         elif self._before is not None:
-            self.mask.restore_(parameter, self._before)
+            self.mask.restore_(local(parameter), self._before)
             self._before = None
 
 

@@ -36,7 +36,8 @@ def held_bytes(model: nn.Module, optimizer: Optimizer, driver: Any = None) -> in
     masks = 0  # resurrection layers hold theirs as buffers, a Sparsifier beside the model
     if hasattr(driver, "masks"):
         masks = sum(mask.nbytes for mask in driver.masks.values())
-        tensors += _tensors(getattr(driver, "_theta", {}))
+        held = getattr(driver, "_held", {}).values()
+        tensors += [t for one in held for t in (one.theta, one.momentum, one.ever.packed) if t is not None]
     theta_optimizer = getattr(getattr(driver, "_cycle", None), "theta_optimizer", None)
     if theta_optimizer is not None:
         tensors += _tensors(list(theta_optimizer.state.values()))

@@ -43,6 +43,7 @@ class Setting:
         options: Arguments of the rule, or fields of ``RESUConfig``.
         distribution: How the budget is divided over the layers.
         tail: Steps of masked training after the cycles (driver ``"cycles"``).
+        pattern: Which positions compete, as ``get_pattern`` reads it; None: single weights of a layer.
     """
 
     driver: str
@@ -50,20 +51,24 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
     distribution: str = "erk"
     tail: int = 0
+    pattern: str | None = None
 
     def __str__(self) -> str:
         options = " ".join(f"{key}={value}" for key, value in self.options.items() if key not in _ASKED)
         tail = f"tail={self.tail}" if self.tail else ""
         place = self.distribution if self.driver == "sparsifier" else ""
-        return " ".join(part for part in (self.algorithm or self.driver, place, options, tail) if part)
+        pattern = f"pattern={self.pattern}" if self.pattern else ""
+        return " ".join(part for part in (self.algorithm or self.driver, place, pattern, options, tail) if part)
 
 
 Method = Callable[[Plan], Setting]
 methods: Registry[Method] = Registry("method")
 
 
-def _sparsifier(algorithm: str, plan: Plan, distribution: str = "erk", **options: Any) -> Setting:
-    return Setting("sparsifier", algorithm, {"sparsity": plan.sparsity, **options}, distribution)
+def _sparsifier(
+    algorithm: str, plan: Plan, distribution: str = "erk", pattern: str | None = None, **options: Any
+) -> Setting:
+    return Setting("sparsifier", algorithm, {"sparsity": plan.sparsity, **options}, distribution, pattern=pattern)
 
 
 @methods.register("dense")
@@ -177,6 +182,116 @@ def straight_through(plan: Plan) -> Setting:
 def straight_through_global(plan: Plan) -> Setting:
     """The same, all layers ranked together."""
     return _straight_through(plan, "global")
+
+
+def _exchange(algorithm: str, plan: Plan, pattern: str | None = None, **options: Any) -> Setting:
+    """Sparse from the first step (ERK): forty exchanges a run, the last at three quarters."""
+    steps = {"interval": max(1, plan.steps // 40), "end_step": plan.at(0.75)}
+    init = "magnitude" if plan.regime == "finetune" else "random"
+    return _sparsifier(algorithm, plan, pattern=pattern, **steps, init=init, **options)
+
+
+@methods.register("set")
+def set_(plan: Plan) -> Setting:
+    """SET: drop by magnitude, grow at random (ERK)."""
+    return _exchange("set", plan)
+
+
+@methods.register("rigl")
+def rigl(plan: Plan) -> Setting:
+    """RigL: drop by magnitude, grow by gradient (ERK)."""
+    return _exchange("rigl", plan)
+
+
+@methods.register("mest")
+def mest(plan: Plan) -> Setting:
+    """MEST (EM): drop by magnitude and gradient, grow at random (ERK)."""
+    return _exchange("mest", plan)
+
+
+@methods.register("mest-soft")
+def mest_soft(plan: Plan) -> Setting:
+    """MEST (EM&S): grow first, drop an interval later (ERK)."""
+    return _exchange("mest", plan, soft=True)
+
+
+@methods.register("snfs")
+def snfs(plan: Plan) -> Setting:
+    """SNFS: grow by momentum, budget moves between layers (ERK at the start)."""
+    return _exchange("snfs", plan)
+
+
+@methods.register("srigl")
+def srigl(plan: Plan) -> Setting:
+    """SRigL: RigL with constant fan-in and neuron ablation (ERK)."""
+    return _exchange("srigl", plan, pattern="row")
+
+
+def _granet(plan: Plan, distribution: str) -> Setting:
+    return _sparsifier("granet", plan, distribution, interval=max(1, plan.steps // 100), end_step=plan.at(0.6))
+
+
+@methods.register("granet")
+def granet(plan: Plan) -> Setting:
+    """GraNet from a dense start: gradual pruning with exchanges by gradient (ERK)."""
+    return _granet(plan, "erk")
+
+
+@methods.register("granet-global")
+def granet_global(plan: Plan) -> Setting:
+    """The same, all layers ranked together."""
+    return _granet(plan, "global")
+
+
+def _ac_dc(plan: Plan, distribution: str) -> Setting:
+    steps = {"begin_step": plan.at(0.1), "interval": max(1, plan.at(0.05)), "end_step": plan.at(0.8)}
+    return _sparsifier("ac-dc", plan, distribution, **steps)
+
+
+@methods.register("ac-dc")
+def ac_dc(plan: Plan) -> Setting:
+    """AC/DC: dense and sparse phases in turn, a twentieth of the run each (ERK)."""
+    return _ac_dc(plan, "erk")
+
+
+@methods.register("ac-dc-global")
+def ac_dc_global(plan: Plan) -> Setting:
+    """The same, all layers ranked together."""
+    return _ac_dc(plan, "global")
+
+
+def _top_kast(plan: Plan, distribution: str) -> Setting:
+    return _sparsifier("top-kast", plan, distribution, interval=max(1, plan.steps // 400))
+
+
+@methods.register("top-kast")
+def top_kast(plan: Plan) -> Setting:
+    """Top-KAST: sparse forward, backward at twice the density (ERK)."""
+    return _top_kast(plan, "erk")
+
+
+@methods.register("top-kast-global")
+def top_kast_global(plan: Plan) -> Setting:
+    """The same, all layers ranked together."""
+    return _top_kast(plan, "global")
+
+
+@methods.register("ste")
+def ste(plan: Plan) -> Setting:
+    """Straight-through training: masked forward, dense update, a new mask at each step (ERK)."""
+    return _sparsifier("ste", plan)
+
+
+@methods.register("ste-global")
+def ste_global(plan: Plan) -> Setting:
+    """The same, all layers ranked together."""
+    return _sparsifier("ste", plan, "global")
+
+
+@methods.register("sr-ste")
+def sr_ste(plan: Plan) -> Setting:
+    """SR-STE: straight-through training that decays pruned weights (ERK)."""
+    return _sparsifier("ste", plan, decay=2e-4)
 
 
 def _cycles(plan: Plan, tail: float = 0.0, **fields: Any) -> Setting:

@@ -165,7 +165,13 @@ def train(
 
         rule = algorithms[setting.algorithm](**setting.options)
         sparsifier = Sparsifier(
-            model, optimizer, rule, distribution=setting.distribution, include=task.include, seed=seed
+            model,
+            optimizer,
+            rule,
+            pattern=setting.pattern,
+            distribution=setting.distribution,
+            include=task.include,
+            seed=seed,
         )
     held = plain_steps(task, plan, model, optimizer, batches, on_step=on_step, sparsifier=sparsifier)
     masks = {} if sparsifier is None else {k: mask.mask for k, mask in sparsifier.commit().items()}

@@ -10,23 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resu.core.counting import check_sparsity, positions
-from resu.core.enforcement import Constraint, is_held
-from resu.core.layers import Layer, select
+from resu.core.counting import check_sparsity
+from resu.core.enforcement import is_held
+from resu.core.layers import select
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
 from resu.core.randomness import derived_generator
-from resu.pruning.allocation import Allocation, described, global_masks, needs_scores
+from resu.core.sharding import check_layout, is_sharded, local
+from resu.pruning.allocation import Allocation, global_masks, needs_scores
 from resu.pruning.budget import check_stacks, stack_rows
+from resu.training import driver_state
+from resu.training.agreement import Agreement
 from resu.training.algorithms.base import Algorithm, View
 from resu.training.budget import check_distribution, keeps_at
-from resu.training.report import LayerReport, SparsityReport
+from resu.training.held_layer import HeldLayer
+from resu.training.report import SparsityReport, make_report
 from resu.training.wrappers import unwrap
 
 __all__ = ["Sparsifier"]
-
-_FORMAT = 1
 
 
 class Sparsifier:
@@ -36,11 +38,15 @@ class Sparsifier:
     (an AMP step that was skipped is no step), updates the topology when due, and keeps pruned positions
     exactly zero under any optimizer until :meth:`commit`, also after the schedule has ended.
 
+    With several processes every one makes it alike: under ``DistributedDataParallel``, or after ``fully_shard``
+    (FSDP2), where masks, θ and counters are sharded with their weights. All decide from the same reduced gradients, and
+    a checksum of the masks is compared after each update.
+
     Args:
         model: The module to train; ``torch.compile`` and data-parallel wrappers are looked through.
         optimizer: Holds the weights. Its state at positions that change sides follows the contract: zeroed, unless
-            the algorithm keeps learning them (``RESU``).
-        algorithm: The topology rule, e.g. ``RESU(sparsity=0.9, end_step=4000)``.
+            the algorithm keeps learning them (``RESU``, ``STE``).
+        algorithm: The topology rule, e.g. ``RigL(sparsity=0.9, end_step=4000)``.
         pattern: Which positions compete: a :class:`~resu.core.pattern.Pattern` or a name such as ``"row"``, ``"2:4"``,
             ``"block:16x1"``; None: single weights within the tensor.
         distribution: How the budget is divided over layers: ``"erk"``, ``"er"``, ``"uniform"``, ``"global"``, a mapping
@@ -48,19 +54,20 @@ class Sparsifier:
         include: Globs of weights to prune; None: all linear and convolution weights (:func:`~resu.core.layers.select`).
         exclude: Globs of weights to leave dense.
         seed: Of every random choice; choices depend on (seed, layer, step) alone.
+        process_group: Of the processes that train this model together; None: the wrapper's, or all.
 
     Attributes:
         step: Optimizer steps done.
 
     Raises:
-        ValueError: If a glob matches nothing, no selected weight belongs to the optimizer, or the pattern
-            cannot have the algorithm's sparsity.
+        ValueError: If a glob matches nothing, no selected weight belongs to the optimizer, the pattern
+            cannot have the algorithm's sparsity, or the algorithm cannot keep to the pattern.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> from resu.training import RESU
-        >>> sparsifier = Sparsifier(model, optimizer, RESU(sparsity=0.9, interval=2, end_step=8), distribution="global")
+        >>> from resu.training import RigL
+        >>> sparsifier = Sparsifier(model, optimizer, RigL(sparsity=0.9, interval=2, end_step=8))
         >>> for _ in range(10):
         ...     loss = model(torch.randn(16, 20)).square().mean()
         ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
@@ -79,6 +86,7 @@ class Sparsifier:
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         self.model = unwrap(model)
         self.optimizer = optimizer
@@ -87,14 +95,10 @@ class Sparsifier:
         self.distribution = distribution
         self.seed = seed
         self.step = 0
-        self.layers: dict[str, Layer] = select(self.model, include, exclude)
+        self.layers = select(self.model, include, exclude)
+        self._agreement = Agreement(model, process_group)
         self._check()
-        full = {
-            name: SparseMask(torch.ones_like(layer.weight, dtype=torch.bool)) for name, layer in self.layers.items()
-        }
-        self._constraints = {n: Constraint(self.layers[n].weight, full[n]) for n in self.layers}
-        self._theta: dict[str, Tensor] = {}
-        self._ever: dict[str, SparseMask] = {}
+        self._held = {name: HeldLayer(layer) for name, layer in self.layers.items()}
         # What the pruning at step 0 took from each weight, given back if a state is loaded (see load_state_dict), and
         # where the optimizer's state is to be cleared once the first step comes.
         self._undo: dict[str, tuple[Tensor, Tensor, int]] | None = {}
@@ -110,8 +114,9 @@ class Sparsifier:
             self._release()
             self._give_back()
             raise
-        self._ever = self.masks
-        self._set_learning()
+        for held in self._held.values():
+            held.ever, held.grown, held.grown_total = held.constraint.mask, 0, 0
+        self._prepare()
 
     def _check(self) -> None:
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -120,12 +125,14 @@ class Sparsifier:
                 f"none of the {len(self.layers)} selected weights belongs to the optimizer; build the optimizer from "
                 "the parameters of this model, after moving it to its device"
             )
-        held = [name for name, layer in self.layers.items() if is_held(layer.weight)]
-        if held:
+        taken = [name for name, layer in self.layers.items() if is_held(layer.weight)]
+        if taken:
             raise ValueError(
-                f"{', '.join(held[:5])} {'is' if len(held) == 1 else 'are'} held by a mask already; call commit() on "
+                f"{', '.join(taken[:5])} {'is' if len(taken) == 1 else 'are'} held by a mask already; call commit() on "
                 "the Sparsifier that made it, or remove_mask() on the layer, before another takes over"
             )
+        for name, layer in self.layers.items():
+            check_layout(name, layer.weight)
         check_stacks(self.pattern, stack_rows(self.layers))
         shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
         check_distribution(self.distribution, shapes, self.algorithm.sparsity)
@@ -136,40 +143,77 @@ class Sparsifier:
                 f"pattern {self.pattern.n}:{self.pattern.m} has sparsity {self.pattern.sparsity:g}, the algorithm asks "
                 f"for {self.algorithm.sparsity:g}; set the algorithm's sparsity to the pattern's"
             )
+        if (reason := self.algorithm.refuses(self.pattern)) is not None:
+            raise ValueError(reason)
 
     # -- what is -------------------------------------------------------------------------------------
     @property
     def masks(self) -> dict[str, SparseMask]:
-        """The present mask of every weight, by parameter name."""
-        return {name: constraint.mask for name, constraint in self._constraints.items()}
+        """The present mask of every weight, by parameter name; under FSDP2 gathered, so every rank must ask."""
+        return {name: held.mask for name, held in self._held.items()}
 
     @property
     def sparsity(self) -> float:
         """Fraction of all selected weights that is pruned now."""
-        masks = self.masks.values()
-        return sum(m.n_pruned for m in masks) / sum(m.numel for m in masks)
+        total = sum(held.numel for held in self._held.values())
+        return (total - sum(held.keep for held in self._held.values())) / total
 
-    def report(self) -> SparsityReport:
-        """Per layer: kept, sparsity, R_s (positions ever active; ITOP, arXiv 2102.02887). Prints as a table."""
-        return SparsityReport(
-            step=self.step,
-            layers=tuple(
-                LayerReport(
-                    name=name,
-                    shape=tuple(mask.shape),
-                    keep=mask.n_active,
-                    sparsity=mask.sparsity,
-                    explored=self._ever[name].n_active / mask.numel,
-                )
-                for name, mask in self.masks.items()
-            ),
-        )
+    def report(self, example_inputs: Any = None) -> SparsityReport:
+        """Per layer: kept, sparsity, R_s (positions ever active; ITOP, arXiv 2102.02887), growth; prints as a table.
+
+        Args:
+            example_inputs: One batch (a tensor, a tuple of arguments, or a dictionary of them) that the model is run on
+                once, to count how often each weight is multiplied. With it the report holds FLOPs against dense
+                training and inference. Under FSDP2 every rank must ask.
+        """
+        return make_report(self.model, self._held, self.step, example_inputs)
 
     # -- the step ------------------------------------------------------------------------------------
+    @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name, where in self._unclear.items():
             clear_state(optimizer, self.layers[name].weight, where)
         self._unclear = {}
+        # Fused optimizers unscale inside their own step, and say here by how much; for others it is done already.
+        scale = getattr(optimizer, "grad_scale", None)
+        for name, held in self._held.items():
+            if held.constraint.parameter is not held.layer.weight:
+                raise RuntimeError(
+                    f"{name!r} is another parameter than when the Sparsifier was made (fully_shard, a parametrization "
+                    "or load_state_dict(assign=True) replaces parameters); make the Sparsifier after that"
+                )
+            self._gather_gradient(name, held, scale)
+            self._add_penalty(name, held, scale)
+
+    def _gather_gradient(self, name: str, held: HeldLayer, scale: Tensor | None) -> None:
+        """Keep what the coming update looks at; afterwards gradients may be gone."""
+        held.gradient = None
+        if held.constraint.observer is not None:
+            gradient = held.take_dense_gradient()
+            if gradient is None and self._agreement.world > 1:  # not in this rank's loss: it still counts in the mean
+                gradient = torch.zeros_like(held.weight, dtype=torch.float32)
+            # Sharded gradients are reduced already.
+            if gradient is not None and not is_sharded(held.layer.weight):
+                self._agreement.mean_(gradient)
+        elif self.algorithm.gradient == "active" and self.algorithm.due(self.step + 1):
+            grad = held.layer.weight.grad
+            gradient = None if grad is None else local(grad).to(torch.float32, copy=True)
+        else:
+            return
+        if gradient is not None and scale is not None:
+            gradient /= scale
+        held.gradient = gradient
+
+    def _add_penalty(self, name: str, held: HeldLayer, scale: Tensor | None) -> None:
+        if held.theta is None or held.layer.weight.grad is None:
+            return
+        # A penalty acts position by position, so the local part is enough.
+        view = self._view_of_part(name, held)
+        penalty = self.algorithm.penalty(view)
+        if penalty is not None:
+            if held.reach is not None:
+                held.reach.zero_(penalty, active=False)
+            local(held.layer.weight.grad).add_(penalty if scale is None else penalty * scale)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers skip inside their own step
@@ -178,63 +222,82 @@ class Sparsifier:
         self._undo = None
         self.step += 1
         due = self.algorithm.due(self.step)
-        if self._theta:
-            self._absorb()  # which zeroes the pruned positions as well
-        elif due:
-            for constraint in self._constraints.values():
-                constraint.enforce()
+        beta = self.algorithm.gradient_memory
+        for held in self._held.values():
+            held.count_work()
+            if held.theta is not None:
+                held.absorb(self.algorithm.damping)  # which zeroes the pruned positions as well
+            elif due:
+                held.constraint.enforce()
+            if beta is not None and held.gradient is not None:
+                if held.momentum is None:
+                    held.momentum = torch.zeros_like(held.gradient)
+                held.momentum.lerp_(held.gradient, 1 - beta)
         if due:
             self._update(self.algorithm.target(self.step))
-        self._set_learning()
+        self._prepare()
 
     def prune_to(self, sparsity: float) -> None:
         """Update the topology now, between two steps, to ``sparsity``; the schedule goes on as before."""
         check_sparsity(sparsity)
         self._update(sparsity)
-        self._set_learning()
+        self._prepare()
 
-    @torch.no_grad()
-    def _absorb(self) -> None:
-        """θ += γ·Δ: take what the optimizer did at pruned positions out of the weight."""
-        gamma = self.algorithm.damping
-        for name, theta in self._theta.items():
-            constraint, weight = self._constraints[name], self.layers[name].weight
-            if (theta.dtype, theta.device) != (weight.dtype, weight.device):  # model.to(…) since the last step
-                theta = self._theta[name] = theta.to(weight.device, weight.dtype)
-            update = weight.detach().clone()
-            constraint.mask.zero_(update, active=True)
-            theta.add_(update, alpha=gamma)
-            constraint.enforce()
+    def _prepare(self) -> None:
+        """Set the hooks up for the coming step: what learns, and whose gradient is caught."""
+        rule = self.algorithm
+        learning = rule.learns_pruned and rule.learning(self.step)
+        remembers = rule.gradient_memory is not None and (rule.end_step is None or self.step < rule.end_step)
+        watched = remembers or (rule.gradient == "dense" and rule.due(self.step + 1))
+        for held in self._held.values():
+            if learning and held.theta is None:
+                held.theta = torch.zeros_like(held.weight)
+            elif not learning and held.theta is not None:
+                clear_state(self.optimizer, held.layer.weight, held.constraint.held())
+                held.theta = None
+                held.set_reach(None, self.optimizer)
+            held.constraint.mask_gradient = not learning or held.reach is not None
+            held.observe(watched)
+            held.gradient = None
+            if not remembers:
+                held.momentum = None
 
-    def _set_learning(self) -> None:
-        """Open or close the gradient of pruned positions; θ ends with its learning."""
-        learning = self.algorithm.learns_pruned and self.algorithm.learning(self.step)
-        for name, constraint in self._constraints.items():
-            if learning and name not in self._theta:
-                self._theta[name] = torch.zeros_like(constraint.parameter)  # type: ignore[arg-type]
-            elif not learning and constraint.mask_gradient is False:
-                clear_state(self.optimizer, self.layers[name].weight, constraint.held())
-            constraint.mask_gradient = not learning
-        if not learning:
-            self._theta = {}
-
+    # -- the topology --------------------------------------------------------------------------------
     @torch.no_grad()
     def _update(self, sparsity: float) -> None:
         """One topology update of all layers."""
-        views = {name: self._view(name) for name in self.layers}
-        if sparsity > 0 and self._ranks_globally():
-            scores = {name: self.algorithm.scores(view) for name, view in views.items()}
-            for name, new in global_masks(scores, sparsity).items():
-                self._move(name, views[name].mask, new)
-            return
-        keeps = self._allocate(views, sparsity)
-        for name, view in views.items():
-            view = dataclasses.replace(view, keep=keeps[name])
-            if view.keep == view.mask.numel():
-                new = torch.ones_like(view.mask)
+        if self.algorithm.learns_pruned and self.algorithm.learning(self.step):
+            for held in self._held.values():
+                held.theta = torch.zeros_like(held.weight) if held.theta is None else held.theta
+        if self._together():
+            views = {name: self._view(name) for name in self.layers}
+            if sparsity > 0 and self._ranks_globally():
+                new = global_masks({n: self.algorithm.scores(view) for n, view in views.items()}, sparsity)
+                for name, view in views.items():
+                    self._move(name, view.mask, new[name])
             else:
-                new = self.algorithm.update_mask(view, sparsity, self.step)
-            self._move(name, view.mask, new)
+                keeps = self._allocate(views, sparsity)
+                for name, view in views.items():
+                    self._move(name, view.mask, self._new_mask(dataclasses.replace(view, keep=keeps[name]), sparsity))
+        else:  # one layer at a time is gathered
+            keeps = self._allocate({}, sparsity)
+            for name in self.layers:
+                view = dataclasses.replace(self._view(name), keep=keeps[name])
+                self._move(name, view.mask, self._new_mask(view, sparsity))
+        for name, held in self._held.items():
+            if held.theta is not None:
+                held.set_reach(self.algorithm.reach(self._view(name)), self.optimizer)
+        self._agreement.check_same(self.step)
+
+    def _together(self) -> bool:
+        """Whether an update must look at all layers before it can decide on one."""
+        plain = type(self.algorithm).redistribute is Algorithm.redistribute
+        return needs_scores(self.distribution) or not plain
+
+    def _new_mask(self, view: View, sparsity: float) -> Tensor:
+        if view.keep == view.mask.numel():
+            return torch.ones_like(view.mask)
+        return self.algorithm.update_mask(view, sparsity, self.step)
 
     def _ranks_globally(self) -> bool:
         """Whether one ranking over all layers gives the masks at once: the counts and the best of each layer."""
@@ -242,69 +305,75 @@ class Sparsifier:
         return plain and self.distribution == "global" and self.pattern == Unstructured()
 
     def _view(self, name: str) -> View:
-        weight, mask = self.layers[name].weight.detach(), self._constraints[name].mask.mask
-        theta = self._theta.get(name)
-        matrix = self.layers[name].matrix  # rules and patterns see [out, in]
-        weight, mask, theta = matrix(weight), matrix(mask), None if theta is None else matrix(theta)
+        held = self._held[name]
+
+        def seen(part: Tensor | None) -> Tensor | None:
+            return None if part is None else held.matrix(part)
+
         return View(
             name=name,
-            weight=weight,
-            mask=mask,
-            keep=0,
+            weight=held.matrix(held.weight),
+            mask=held.layer.matrix(held.mask.mask),
+            keep=held.keep,
             generator=derived_generator(self.seed, name, self.step),
             pattern=self.pattern,
-            theta=theta,
+            step=self.step,
+            theta=seen(held.theta),
+            gradient=seen(held.gradient),
+            momentum=seen(held.momentum),
+        )
+
+    def _view_of_part(self, name: str, held: HeldLayer) -> View:
+        return View(
+            name=name,
+            weight=held.weight,
+            mask=held.constraint.mask.mask,
+            keep=held.keep,
+            generator=derived_generator(self.seed, name, self.step),
+            pattern=self.pattern,
+            step=self.step,
+            theta=held.theta,
         )
 
     def _allocate(self, views: Mapping[str, View], sparsity: float) -> dict[str, int]:
-        shapes = {name: view.weight.shape for name, view in views.items()}
+        shapes = {
+            name: torch.Size(layer.matrix(torch.empty(layer.weight.shape, device="meta")).shape)
+            for name, layer in self.layers.items()
+        }
         scores = None
         if needs_scores(self.distribution) and sparsity > 0:
             scores = {name: self.algorithm.scores(view) for name, view in views.items()}
         keeps = keeps_at(self.distribution, shapes, sparsity, self.algorithm.sparsity, scores)
+        if views and sparsity > 0:
+            views = {name: dataclasses.replace(view, keep=keeps[name]) for name, view in views.items()}
+            keeps = self.algorithm.redistribute(views)
         return {
             n: keep if keep == shapes[n].numel() else self.pattern.reachable(shapes[n], keep)
             for n, keep in keeps.items()
         }
 
     def _move(self, name: str, old: Tensor, new: Tensor) -> None:
-        """Make ``new`` the mask of a layer: dropped weights to 0 (or to θ), grown ones from θ (or 0)."""
-        old, new = self.layers[name].unmatrix(old), self.layers[name].unmatrix(new)
-        weight, constraint = self.layers[name].weight, self._constraints[name]
-        theta = self._theta.get(name)
-        if theta is None and self.algorithm.learns_pruned and self.algorithm.learning(self.step):
-            theta = self._theta[name] = torch.zeros_like(weight)
-        # Few positions change in one update, so only those are touched; by coordinates, for any memory format.
-        changed = positions(old ^ new)
-        if changed.numel() == 0:
+        """Make ``new`` the mask of a layer, and clear the optimizer's state where it changed."""
+        held = self._held[name]
+        self._agreement.note(new)
+        if (moved := held.move(old, new)) is None:
             return
-        grown = new.reshape(-1)[changed]
-        at = torch.unravel_index(changed, weight.shape)
-        value = weight[at]
-        if self._undo is not None and self.step == 0:
-            self._undo.setdefault(name, (changed, value.clone(), 0))
-        if theta is not None:
-            value += theta[at]
-            theta[at] = torch.where(grown, 0, value)
-            weight[at] = torch.where(grown, value, 0)
-        else:
-            weight[at] = torch.where(grown, value, 0)
+        changed, before = moved
+        starting = self._undo is not None and self.step == 0
         if self.algorithm.clears_state:
-            if self._undo is not None and self.step == 0:
+            if starting:
                 self._unclear[name] = changed
             else:
-                clear_state(self.optimizer, weight, changed)
-        constraint.mask = SparseMask(new)
-        if self._undo is not None and name in self._undo:
-            self._undo[name] = (*self._undo[name][:2], weight._version)
-        if name in self._ever:
-            self._ever[name] = self._ever[name] | constraint.mask
+                clear_state(self.optimizer, held.layer.weight, changed)
+        if self._undo is not None and (starting or name in self._undo):
+            where, value, _ = self._undo.get(name, (changed, before, 0))
+            self._undo[name] = (where, value, held.weight._version)
 
     @torch.no_grad()
     def _give_back(self) -> None:
         """Undo the pruning at step 0 in every weight that nobody has written to since."""
         for name, (changed, value, version) in (self._undo or {}).items():
-            weight = self.layers[name].weight
+            weight = self._held[name].weight
             if weight._version == version:
                 weight[torch.unravel_index(changed, weight.shape)] = value
         self._undo = None
@@ -316,40 +385,25 @@ class Sparsifier:
         Returns:
             The final masks.
         """
-        for constraint in self._constraints.values():
-            constraint.enforce()
+        for held in self._held.values():
+            held.constraint.enforce()
         self._release()
         return self.masks
 
     def _release(self) -> None:
-        for constraint in self._constraints.values():
-            constraint.remove()
+        for held in self._held.values():
+            held.constraint.remove()
+            held.theta = held.momentum = held.gradient = None
         for hook in self._hooks:
             hook.remove()
-        self._theta = {}
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "algorithm": type(self.algorithm).__name__,
-            "options": dataclasses.asdict(self.algorithm),
-            "pattern": repr(self.pattern),
-            "distribution": described(self.distribution),
-            "seed": self.seed,
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, θ, counters and settings: tensors and plain values, safe for ``torch.load(weights_only=True)``.
 
-        Saved beside the model's and the optimizer's, it resumes a run bit for bit.
+        Saved beside the model's and the optimizer's, it resumes a run bit for bit. Under FSDP2 the tensors are
+        ``DTensor`` with the layout of their weights, for ``torch.distributed.checkpoint``.
         """
-        return {
-            "format": _FORMAT,
-            "step": self.step,
-            "settings": self._settings(),
-            "masks": {name: mask.state_dict() for name, mask in self.masks.items()},
-            "explored": {name: mask.state_dict() for name, mask in self._ever.items()},
-            "theta": {name: theta.detach().clone() for name, theta in self._theta.items()},
-        }
+        return driver_state.save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; load the model and the optimizer as well, in any order.
@@ -357,41 +411,4 @@ class Sparsifier:
         Raises:
             ValueError: If the state is of another algorithm, other settings or other layers; nothing has changed then.
         """
-        if state.get("format") != _FORMAT:
-            raise ValueError(f"sparsifier state has format {state.get('format')!r}, this version reads {_FORMAT}")
-        settings = self._settings()
-        different = [
-            f"{key}: saved {state['settings'].get(key)!r}, here {settings[key]!r}"
-            for key in settings
-            if state["settings"].get(key) != settings[key]
-        ]
-        if different:
-            raise ValueError("the saved run has other settings; build the Sparsifier alike: " + "; ".join(different))
-        if set(state["masks"]) != set(self.layers):
-            odd = sorted(set(state["masks"]) ^ set(self.layers))
-            raise ValueError(f"the saved run has other layers; not in both: {', '.join(odd[:10])}")
-        masks = {n: SparseMask.from_state_dict(s) for n, s in state["masks"].items()}
-        ever = {n: SparseMask.from_state_dict(s) for n, s in state["explored"].items()}
-        theta: dict[str, Tensor] = dict(state["theta"])
-        for name, value in theta.items():
-            if name not in self.layers or value.shape != self.layers[name].weight.shape:
-                raise ValueError(f"the saved run has θ {tuple(value.shape)} for {name!r}: no such weight here")
-        for name, mask in masks.items():
-            if mask.shape != self.layers[name].weight.shape:
-                raise ValueError(
-                    f"saved mask of {name!r} has shape {tuple(mask.shape)}, "
-                    f"the weight {tuple(self.layers[name].weight.shape)}"
-                )
-        # If the model was loaded before this Sparsifier was made, the pruning at step 0 took weights that the saved
-        # mask keeps: give them back. If it was loaded since, the weights are the saved ones already.
-        self._give_back()
-        self.step = int(state["step"])
-        if self.step > 0:
-            self._unclear = {}  # done in the saved run
-        self._ever = {n: m.to(self.layers[n].weight.device) for n, m in ever.items()}
-        for name, constraint in self._constraints.items():
-            constraint.mask = masks[name].to(self.layers[name].weight.device)
-        weights = {name: self.layers[name].weight for name in theta}
-        self._theta = {n: t.to(weights[n].device, weights[n].dtype, copy=True) for n, t in theta.items()}
-        for constraint in self._constraints.values():
-            constraint.mask_gradient = not self._theta
+        driver_state.load(self, state)

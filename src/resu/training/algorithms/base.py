@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,14 +24,21 @@ algorithms: Registry[type[Algorithm]] = Registry("training algorithm")
 class View:
     """One layer at one step, as a rule sees it. A rule reads these tensors and changes none of them.
 
+    All tensors have the shape ``[out, in…]`` and are whole, also where the layer is sharded over ranks.
+
     Attributes:
         name: Parameter name.
-        weight: Effective weight M⊙W (pruned positions are 0), ``[out, in…]``.
+        weight: Effective weight M⊙W (pruned positions are 0).
         mask: Bool, True = active.
         keep: How many positions the new mask keeps (the allocation's integer).
         generator: CPU generator derived from (seed, name, step): equal on every rank and after a resume.
         pattern: Which positions compete.
+        step: Optimizer steps done.
         theta: Values at pruned positions (0 at active ones), for rules with ``learns_pruned``.
+        gradient: For rules that ask for it (``Algorithm.gradient``), of the step just done: ``∂L/∂(M⊙W)`` at every
+            position, fp32, summed over the micro-batches and averaged over ranks; or, at active positions, what the
+            optimizer was given. None before the first step.
+        momentum: Exponential mean of the dense gradients, for rules with ``gradient_memory``.
     """
 
     name: str
@@ -39,7 +47,10 @@ class View:
     keep: int
     generator: torch.Generator
     pattern: Pattern = field(default_factory=Unstructured)
+    step: int = 0
     theta: Tensor | None = None
+    gradient: Tensor | None = None
+    momentum: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +73,8 @@ class Algorithm(ABC):
 
     #: Whether the optimizer may learn values at pruned positions (they take no part in the forward).
     learns_pruned: ClassVar[bool] = False
+    #: What of the gradient an update looks at: nothing, what the optimizer gets at active positions, or all of it.
+    gradient: ClassVar[Literal["none", "active", "dense"]] = "none"
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -77,6 +90,11 @@ class Algorithm(ABC):
         """Whether optimizer state of positions that change sides is zeroed."""
         return True
 
+    @property
+    def gradient_memory(self) -> float | None:
+        """β of the exponential mean of dense gradients that the driver keeps for this rule; None: none is kept."""
+        return None
+
     def target(self, step: int) -> float:
         """Sparsity at ``step``."""
         return self.sparsity
@@ -89,6 +107,10 @@ class Algorithm(ABC):
         """Whether the optimizer step after ``step`` also learns values at pruned positions."""
         return False
 
+    def refuses(self, pattern: Pattern) -> str | None:
+        """Why this rule cannot keep to a pattern; None: it can."""
+        return None
+
     @abstractmethod
     def scores(self, view: View) -> Tensor:
         """Importance of every position (higher = keep); also what a global allocation compares."""
@@ -96,6 +118,18 @@ class Algorithm(ABC):
     def update_mask(self, view: View, sparsity: float, step: int) -> Tensor:
         """The mask from ``step`` on: by default the ``view.keep`` best scores under the pattern."""
         return view.pattern.select(self.scores(view), view.keep)
+
+    def redistribute(self, views: Mapping[str, View]) -> dict[str, int]:
+        """``{name: keep}`` where the rule moves budget between layers; by default what the distribution gave."""
+        return {name: view.keep for name, view in views.items()}
+
+    def reach(self, view: View) -> Tensor | None:
+        """Where the optimizer may learn, where ``learns_pruned`` (active positions among them); None: everywhere."""
+        return None
+
+    def penalty(self, view: View) -> Tensor | None:
+        """What is added to the gradient before each optimizer step (a regularizer's gradient); None: nothing."""
+        return None
 
 
 def ramp(initial: float, final: float, begin_step: int, end_step: int | None) -> Schedule:

@@ -1,0 +1,134 @@
+"""The state of a driver as tensors and plain values, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from resu.core.mask import SparseMask
+from resu.core.sharding import is_sharded, local, part_of, shard_like, whole
+from resu.pruning.allocation import described
+
+if TYPE_CHECKING:
+    from resu.training.held_layer import HeldLayer
+    from resu.training.sparsifier import Sparsifier
+
+__all__ = ["load", "save", "settings"]
+
+_FORMAT = 2
+_COUNTERS = ("keep", "reached", "grown", "grown_total", "forward_work", "update_work")
+
+
+def settings(driver: Sparsifier) -> dict[str, Any]:
+    """What two drivers must have in common for one to go on where the other stopped; plain values."""
+    return {
+        "algorithm": type(driver.algorithm).__name__,
+        "options": {key: _plain(value) for key, value in dataclasses.asdict(driver.algorithm).items()},
+        "pattern": repr(driver.pattern),
+        "distribution": described(driver.distribution),
+        "seed": driver.seed,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def save(driver: Sparsifier) -> dict[str, Any]:
+    """See ``Sparsifier.state_dict``."""
+    held = driver._held
+
+    def mask(one: HeldLayer, what: SparseMask | None) -> dict[str, Tensor] | None:
+        if what is None:
+            return None
+        weight = one.layer.weight
+        return {"packed": shard_like(what.packed, weight), "shape": torch.tensor(weight.shape, dtype=torch.int64)}
+
+    def tensors(attribute: str) -> dict[str, Tensor]:
+        found = {name: getattr(one, attribute) for name, one in held.items()}
+        return {n: shard_like(t.detach().clone(), held[n].layer.weight) for n, t in found.items() if t is not None}
+
+    reach = {name: mask(one, one.reach) for name, one in held.items()}
+    return {
+        "format": _FORMAT,
+        "step": driver.step,
+        "settings": settings(driver),
+        "masks": {name: mask(one, one.constraint.mask) for name, one in held.items()},
+        "explored": {name: mask(one, one.ever) for name, one in held.items()},
+        "reach": {name: state for name, state in reach.items() if state is not None},
+        "theta": tensors("theta"),
+        "momentum": tensors("momentum"),
+        "counters": {name: [getattr(one, key) for key in _COUNTERS] for name, one in held.items()},
+    }
+
+
+def load(driver: Sparsifier, state: Mapping[str, Any]) -> None:
+    """See ``Sparsifier.load_state_dict``."""
+    _check(driver, state)
+    held = driver._held
+
+    def masks(key: str) -> dict[str, SparseMask]:
+        return {
+            name: SparseMask.from_packed(_mine(saved["packed"], held[name].layer.weight), held[name].weight.shape)
+            for name, saved in state[key].items()
+        }
+
+    found = {key: masks(key) for key in ("masks", "explored", "reach")}
+    # If the model was loaded before this driver was made, the pruning at step 0 took weights that the saved mask keeps:
+    # give them back. If it was loaded since, the weights are the saved ones already.
+    driver._give_back()
+    driver.step = int(state["step"])
+    if driver.step > 0:
+        driver._unclear = {}  # done in the saved run
+    for name, one in held.items():
+        weight = one.weight
+        one.constraint.mask = found["masks"][name].to(weight.device)
+        one.ever = found["explored"][name].to(weight.device)
+        reach = found["reach"].get(name)
+        one.reach = one.constraint.gradient_mask = None if reach is None else reach.to(weight.device)
+        theta, momentum = state["theta"].get(name), state["momentum"].get(name)
+        full = one.layer.weight
+        one.theta = None if theta is None else _mine(theta, full).to(weight.device, weight.dtype, copy=True)
+        one.momentum = None if momentum is None else _mine(momentum, full).to(weight.device, torch.float32, copy=True)
+        for key, value in zip(_COUNTERS, state["counters"][name], strict=True):
+            setattr(one, key, int(value))
+    driver._prepare()
+
+
+def _mine(saved: Tensor, weight: Tensor) -> Tensor:
+    """Of a saved tensor, sharded or not, what belongs to the local part of a weight, sharded or not."""
+    if is_sharded(saved):
+        return local(saved) if is_sharded(weight) else whole(saved)
+    return part_of(saved, weight)
+
+
+def _check(driver: Sparsifier, state: Mapping[str, Any]) -> None:
+    if state.get("format") != _FORMAT:
+        raise ValueError(f"sparsifier state has format {state.get('format')!r}, this version reads {_FORMAT}")
+    here = settings(driver)
+    different = [
+        f"{key}: saved {state['settings'].get(key)!r}, here {here[key]!r}"
+        for key in here
+        if state["settings"].get(key) != here[key]
+    ]
+    if different:
+        raise ValueError("the saved run has other settings; build the Sparsifier alike: " + "; ".join(different))
+    if set(state["masks"]) != set(driver.layers):
+        odd = sorted(set(state["masks"]) ^ set(driver.layers))
+        raise ValueError(f"the saved run has other layers; not in both: {', '.join(odd[:10])}")
+    shapes = {name: tuple(layer.weight.shape) for name, layer in driver.layers.items()}
+    for key in ("theta", "momentum"):
+        for name, value in state[key].items():
+            if tuple(value.shape) != shapes.get(name):
+                what = "θ" if key == "theta" else key
+                raise ValueError(f"the saved run has {what} {tuple(value.shape)} for {name!r}: no such weight here")
+    for key in ("masks", "explored", "reach"):
+        for name, saved in state[key].items():
+            if tuple(saved["shape"].tolist()) != shapes.get(name):
+                raise ValueError(
+                    f"saved mask of {name!r} has shape {tuple(saved['shape'].tolist())}, the weight {shapes.get(name)}"
+                )
