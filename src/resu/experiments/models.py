@@ -63,9 +63,9 @@ class LeNet5(nn.Module):
 class _Block(nn.Module):
     """Attention and a two-layer network, each after its norm and added to the stream."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -75,19 +75,24 @@ class _Block(nn.Module):
         parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = parts.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]
+        x = x + self._dropped(self.out(attended.transpose(1, 2).reshape(batch, length, width)))
+        return x + self._dropped(self.down(F.gelu(self.up(self.norm2(x)))))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class CharGPT(nn.Module):
-    """A decoder over characters; the output layer is not tied to the embedding."""
+    """A decoder over characters or words; the output layer is not tied to the embedding."""
 
-    def __init__(self, symbols: int, context: int = 64, width: int = 96, heads: int = 4, depth: int = 3) -> None:
+    def __init__(
+        self, symbols: int, context: int = 64, width: int = 96, heads: int = 4, depth: int = 3, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not divisible by {heads} heads")
         self.embedding, self.position = nn.Embedding(symbols, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, symbols)
         for module in self.modules():

@@ -83,5 +83,8 @@ def read(path: str | Path, kind: type[T]) -> list[T]:
     return rows
 
 
-def _value(kind: type, text: str) -> Any:
+def _value(kind: Any, text: str) -> Any:
+    optional = [one for one in typing.get_args(kind) if one is not type(None)]  # `float | None`: empty is None
+    if optional:
+        return _value(optional[0], text) if text else None
     return text == "True" if kind is bool else kind(text)

@@ -4,19 +4,21 @@
 """
 
 from resu.experiments.data.cifar import load_cifar10, read_cifar_binary, read_cifar_jpeg, read_cifar_pickle
-from resu.experiments.data.dataset import Batch, Dataset, Images, Split, Text
+from resu.experiments.data.dataset import Batch, Dataset, Images, Part, Split, Text, TrainingData
 from resu.experiments.data.folder import DataError, find_folder
 from resu.experiments.data.idx import load_fashion_mnist, read_idx
 from resu.experiments.data.sources import datasets, load
-from resu.experiments.data.text import load_text, load_tinyshakespeare
+from resu.experiments.data.text import load_text, load_tinyshakespeare, load_war_and_peace
 
 __all__ = [
     "Batch",
     "DataError",
     "Dataset",
     "Images",
+    "Part",
     "Split",
     "Text",
+    "TrainingData",
     "datasets",
     "find_folder",
     "load",
@@ -24,6 +26,7 @@ __all__ = [
     "load_fashion_mnist",
     "load_text",
     "load_tinyshakespeare",
+    "load_war_and_peace",
     "read_cifar_binary",
     "read_cifar_jpeg",
     "read_cifar_pickle",

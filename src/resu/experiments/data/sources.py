@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from resu.core.registry import Registry
 from resu.experiments.data.cifar import load_cifar10
-from resu.experiments.data.dataset import Dataset, Images, Split, shuffled_split
+from resu.experiments.data.dataset import Images, Split, TrainingData, shuffled_split
 from resu.experiments.data.folder import DataError
 from resu.experiments.data.idx import load_fashion_mnist
-from resu.experiments.data.text import load_tinyshakespeare
+from resu.experiments.data.text import load_text_folder, load_tinyshakespeare, load_war_and_peace
 
 __all__ = ["datasets", "load", "load_digits"]
 
-datasets: Registry[Callable[[str | Path | None], Dataset]] = Registry("data set")
+# Each takes its folder, and by keyword what can be chosen of it.
+datasets: Registry[Callable[..., TrainingData]] = Registry("data set")
 datasets.register("fashion-mnist")(load_fashion_mnist)
 datasets.register("cifar10")(load_cifar10)
 datasets.register("tinyshakespeare")(load_tinyshakespeare)
+datasets.register("war-and-peace")(load_war_and_peace)
+datasets.register("text")(load_text_folder)
 
 
 @datasets.register("digits")
@@ -38,14 +42,15 @@ def load_digits(directory: str | Path | None = None) -> Images:
     return Images("digits", train, val, Split(test.x, test.y), 10, mean=(0.305,), std=(0.376,), scale=16.0)
 
 
-def load(name: str, directory: str | Path | None = None) -> Dataset:
+def load(name: str, directory: str | Path | None = None, **options: Any) -> TrainingData:
     """The data set of that name.
 
     Args:
-        name: ``"fashion-mnist"``, ``"cifar10"``, ``"tinyshakespeare"`` or ``"digits"``.
+        name: One of ``datasets``.
         directory: Its folder, or the one that holds it (see :func:`resu.experiments.data.find_folder`).
+        options: What can be chosen of this data set, such as the ``context`` of a text.
 
     Raises:
         DataError: If a file is missing or broken; it says what was looked for and where.
     """
-    return datasets[name](directory)
+    return datasets[name](directory, **options)
