@@ -12,6 +12,7 @@ from torch import Tensor
 from resu.core.mask import SparseMask
 from resu.core.sharding import is_sharded, local, part_of, shard_like, whole
 from resu.pruning.allocation import described
+from resu.training.algorithms.base import Algorithm
 
 if TYPE_CHECKING:
     from resu.training.held_layer import HeldLayer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["load", "save", "settings"]
 
 _FORMAT = 2
-_COUNTERS = ("keep", "reached", "grown", "grown_total", "forward_work", "update_work")
+_COUNTERS = ("keep", "reached", "explored", "grown", "grown_total", "forward_work", "update_work")
 
 
 def settings(driver: Sparsifier) -> dict[str, Any]:
@@ -42,27 +43,33 @@ def save(driver: Sparsifier) -> dict[str, Any]:
     """See ``Sparsifier.state_dict``."""
     held = driver._held
 
-    def mask(one: HeldLayer, what: SparseMask | None) -> dict[str, Tensor] | None:
-        if what is None:
-            return None
+    def mask(one: HeldLayer, what: SparseMask) -> dict[str, Tensor]:
         weight = one.layer.weight
         return {"packed": shard_like(what.packed, weight), "shape": torch.tensor(weight.shape, dtype=torch.int64)}
 
-    def tensors(attribute: str) -> dict[str, Tensor]:
-        found = {name: getattr(one, attribute) for name, one in held.items()}
-        return {n: shard_like(t.detach().clone(), held[n].layer.weight) for n, t in found.items() if t is not None}
+    def tensors(attribute: str, dtype: torch.dtype | None, possible: bool) -> dict[str, Tensor]:
+        found = {}
+        for name, one in held.items():
+            value, weight = getattr(one, attribute), one.layer.weight
+            # torch.distributed.checkpoint reads into what is there, so a sharded state has the same keys at every step.
+            if value is None and possible and is_sharded(weight):
+                value = torch.zeros_like(one.weight, dtype=dtype)
+            if value is not None:
+                found[name] = shard_like(value.detach().clone(), weight)
+        return found
 
-    reach = {name: mask(one, one.reach) for name, one in held.items()}
+    rule = driver.algorithm
+    reaches = type(rule).reach is not Algorithm.reach
     return {
         "format": _FORMAT,
         "step": driver.step,
         "settings": settings(driver),
         "masks": {name: mask(one, one.constraint.mask) for name, one in held.items()},
         "explored": {name: mask(one, one.ever) for name, one in held.items()},
-        "reach": {name: state for name, state in reach.items() if state is not None},
-        "theta": tensors("theta"),
-        "momentum": tensors("momentum"),
-        "counters": {name: [getattr(one, key) for key in _COUNTERS] for name, one in held.items()},
+        "reach": {name: mask(one, one.reach or one.constraint.mask) for name, one in held.items() if reaches},
+        "theta": tensors("theta", None, rule.learns_pruned),
+        "momentum": tensors("momentum", torch.float32, rule.gradient_memory is not None),
+        "counters": {name: torch.tensor([getattr(one, key) for key in _COUNTERS]) for name, one in held.items()},
     }
 
 
@@ -84,18 +91,18 @@ def load(driver: Sparsifier, state: Mapping[str, Any]) -> None:
     driver.step = int(state["step"])
     if driver.step > 0:
         driver._unclear = {}  # done in the saved run
+    learning = driver.algorithm.learns_pruned and driver.algorithm.learning(driver.step)
     for name, one in held.items():
-        weight = one.weight
+        weight, full = one.weight, one.layer.weight
         one.constraint.mask = found["masks"][name].to(weight.device)
         one.ever = found["explored"][name].to(weight.device)
-        reach = found["reach"].get(name)
+        reach = found["reach"].get(name) if learning else None
         one.reach = one.constraint.gradient_mask = None if reach is None else reach.to(weight.device)
-        theta, momentum = state["theta"].get(name), state["momentum"].get(name)
-        full = one.layer.weight
+        theta, momentum = state["theta"].get(name) if learning else None, state["momentum"].get(name)
         one.theta = None if theta is None else _mine(theta, full).to(weight.device, weight.dtype, copy=True)
         one.momentum = None if momentum is None else _mine(momentum, full).to(weight.device, torch.float32, copy=True)
-        for key, value in zip(_COUNTERS, state["counters"][name], strict=True):
-            setattr(one, key, int(value))
+        for key, value in zip(_COUNTERS, state["counters"][name].tolist(), strict=True):
+            setattr(one, key, value)
     driver._prepare()
 
 

@@ -29,7 +29,7 @@ class HeldLayer:
         reached: Positions of the whole layer in ``reach``.
         momentum: Exponential mean of dense gradients, fp32; None where the rule wants none.
         gradient: What the next update looks at.
-        ever: Positions that were active at some time.
+        ever: Positions that were active at some time; ``explored``: how many of the whole layer.
         grown: Positions grown by the last update, of the whole layer; ``grown_total`` by all of them.
         forward_work: Sum over the steps done of the active positions; ``update_work`` of the positions whose gradient
             was taken.
@@ -46,6 +46,7 @@ class HeldLayer:
         self.momentum: Tensor | None = None
         self.gradient: Tensor | None = None
         self.ever = self.constraint.mask
+        self.explored = self.numel
         self.grown = self.grown_total = 0
         self.forward_work = self.update_work = 0
         self._observer = DenseGradient(self.constraint)
@@ -74,6 +75,11 @@ class HeldLayer:
     def matrix(self, part: Tensor) -> Tensor:
         """A local part, gathered and as rules see it, ``[out, in…]``."""
         return self.layer.matrix(whole(shard_like(part, self.layer.weight)))
+
+    def start(self) -> None:
+        """The present mask is the first one: what was active before it does not count as explored."""
+        self.ever = self.constraint.mask
+        self.explored, self.grown, self.grown_total = self.keep, 0, 0
 
     def observe(self, wanted: bool) -> None:
         """Whether the dense gradient of the coming step is caught."""
@@ -152,4 +158,5 @@ class HeldLayer:
             weight[at] = torch.where(grown, before, 0)
         self.constraint.mask = SparseMask(here)
         self.ever = self.ever | self.constraint.mask
+        self.explored = self.gathered(self.ever).n_active
         return changed, before

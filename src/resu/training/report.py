@@ -145,7 +145,7 @@ def make_report(model: nn.Module, held: Mapping[str, HeldLayer], step: int, exam
                 shape=tuple(one.layer.weight.shape),
                 keep=one.keep,
                 sparsity=(one.numel - one.keep) / one.numel,
-                explored=one.gathered(one.ever).n_active / one.numel,
+                explored=one.explored / one.numel,
                 grown=one.grown,
                 churn=one.grown_total / one.keep,
                 forward_share=one.forward_work / (one.numel * step) if step else 1.0,

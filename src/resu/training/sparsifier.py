@@ -115,7 +115,7 @@ class Sparsifier:
             self._give_back()
             raise
         for held in self._held.values():
-            held.ever, held.grown, held.grown_total = held.constraint.mask, 0, 0
+            held.start()
         self._prepare()
 
     def _check(self) -> None:
@@ -164,7 +164,7 @@ class Sparsifier:
         Args:
             example_inputs: One batch (a tensor, a tuple of arguments, or a dictionary of them) that the model is run on
                 once, to count how often each weight is multiplied. With it the report holds FLOPs against dense
-                training and inference. Under FSDP2 every rank must ask.
+                training and inference. Under FSDP2 every rank must ask for these, since the model runs.
         """
         return make_report(self.model, self._held, self.step, example_inputs)
 
@@ -182,10 +182,10 @@ class Sparsifier:
                     f"{name!r} is another parameter than when the Sparsifier was made (fully_shard, a parametrization "
                     "or load_state_dict(assign=True) replaces parameters); make the Sparsifier after that"
                 )
-            self._gather_gradient(name, held, scale)
-            self._add_penalty(name, held, scale)
+            self._gather_gradient(held, scale)
+            self._add_penalty(held, scale)
 
-    def _gather_gradient(self, name: str, held: HeldLayer, scale: Tensor | None) -> None:
+    def _gather_gradient(self, held: HeldLayer, scale: Tensor | None) -> None:
         """Keep what the coming update looks at; afterwards gradients may be gone."""
         held.gradient = None
         if held.constraint.observer is not None:
@@ -204,16 +204,15 @@ class Sparsifier:
             gradient /= scale
         held.gradient = gradient
 
-    def _add_penalty(self, name: str, held: HeldLayer, scale: Tensor | None) -> None:
-        if held.theta is None or held.layer.weight.grad is None:
+    def _add_penalty(self, held: HeldLayer, scale: Tensor | None) -> None:
+        gradient = held.layer.weight.grad
+        if held.theta is None or gradient is None:
             return
-        # A penalty acts position by position, so the local part is enough.
-        view = self._view_of_part(name, held)
-        penalty = self.algorithm.penalty(view)
+        penalty = self.algorithm.penalty(held.weight, held.theta)
         if penalty is not None:
             if held.reach is not None:
                 held.reach.zero_(penalty, active=False)
-            local(held.layer.weight.grad).add_(penalty if scale is None else penalty * scale)
+            local(gradient).add_(penalty if scale is None else penalty * scale)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers skip inside their own step
@@ -321,18 +320,6 @@ class Sparsifier:
             theta=seen(held.theta),
             gradient=seen(held.gradient),
             momentum=seen(held.momentum),
-        )
-
-    def _view_of_part(self, name: str, held: HeldLayer) -> View:
-        return View(
-            name=name,
-            weight=held.weight,
-            mask=held.constraint.mask.mask,
-            keep=held.keep,
-            generator=derived_generator(self.seed, name, self.step),
-            pattern=self.pattern,
-            step=self.step,
-            theta=held.theta,
         )
 
     def _allocate(self, views: Mapping[str, View], sparsity: float) -> dict[str, int]:

@@ -127,8 +127,13 @@ class Algorithm(ABC):
         """Where the optimizer may learn, where ``learns_pruned`` (active positions among them); None: everywhere."""
         return None
 
-    def penalty(self, view: View) -> Tensor | None:
-        """What is added to the gradient before each optimizer step (a regularizer's gradient); None: nothing."""
+    def penalty(self, weight: Tensor, theta: Tensor) -> Tensor | None:
+        """What is added to the gradient before each optimizer step, where ``learns_pruned``; None: nothing.
+
+        Args:
+            weight: M⊙W; of a sharded layer the part that lies here.
+            theta: Values at pruned positions, likewise.
+        """
         return None
 
 

@@ -63,6 +63,6 @@ class STE(Algorithm):
         value = view.weight if view.theta is None else view.weight + view.theta
         return value.abs()
 
-    def penalty(self, view: View) -> Tensor | None:
+    def penalty(self, weight: Tensor, theta: Tensor) -> Tensor | None:
         """λ(1 - M)⊙W."""
-        return None if self.decay == 0 or view.theta is None else self.decay * view.theta
+        return self.decay * theta if self.decay else None

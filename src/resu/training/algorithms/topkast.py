@@ -84,8 +84,8 @@ class TopKAST(Algorithm):
         pattern: Pattern = Unstructured() if isinstance(view.pattern, NM) else view.pattern
         return pattern.select(self.scores(view), count) | view.mask
 
-    def penalty(self, view: View) -> Tensor | None:
+    def penalty(self, weight: Tensor, theta: Tensor) -> Tensor | None:
         """Gradient of λ|θ| in A and of λ|θ|/D in the rest of B (the driver drops what lies outside B)."""
-        if self.regularization == 0 or view.theta is None:
+        if self.regularization == 0:
             return None
-        return self.regularization * (view.weight.sign() + view.theta.sign() / (1 - self.sparsity))
+        return theta.sign().div_(1 - self.sparsity).add_(weight.sign()).mul_(self.regularization)
