@@ -24,6 +24,7 @@ from resu.training import driver_state
 from resu.training.agreement import Agreement
 from resu.training.algorithms.base import Algorithm, View
 from resu.training.budget import check_distribution, keeps_at
+from resu.training.closures import after_backward
 from resu.training.held_layer import HeldLayer
 from resu.training.report import SparsityReport, make_report
 from resu.training.wrappers import unwrap
@@ -170,18 +171,22 @@ class Sparsifier:
 
     # -- the step ------------------------------------------------------------------------------------
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         for name, where in self._unclear.items():
             clear_state(optimizer, self.layers[name].weight, where)
         self._unclear = {}
-        # Fused optimizers unscale inside their own step, and say here by how much; for others it is done already.
-        scale = getattr(optimizer, "grad_scale", None)
         for name, held in self._held.items():
             if held.constraint.parameter is not held.layer.weight:
                 raise RuntimeError(
                     f"{name!r} is another parameter than when the Sparsifier was made (fully_shard, a parametrization "
                     "or load_state_dict(assign=True) replaces parameters); make the Sparsifier after that"
                 )
+        return after_backward(args, kwargs, self._after_backward)
+
+    def _after_backward(self) -> None:
+        # Fused optimizers unscale inside their own step, and say here by how much; for others it is done already.
+        scale = getattr(self.optimizer, "grad_scale", None)
+        for held in self._held.values():
             self._gather_gradient(held, scale)
             self._add_penalty(held, scale)
 
