@@ -30,7 +30,7 @@ from typing import Any
 
 from resu.experiments.train import Config, ConfigError, as_config
 from resu.experiments.train.folder import RESULT
-from resu.experiments.train.reading import merged, read_mapping
+from resu.experiments.train.reading import put, read_mapping
 from resu.experiments.train.typed import coerce, plain, unknown_key
 
 __all__ = ["Planned", "plan", "sweep"]
@@ -60,7 +60,7 @@ def plan(path: str | Path) -> list[Planned]:
     if isinstance(base, str):
         base = read_mapping(path.parent / base)
     for key, value in coerce(values.get("set", {}), Mapping[str, Any], "set").items():
-        base = merged(base, key, value)
+        base = put(base, key, value)
     grids = values.get("grid", {})
     found: dict[str, Planned] = {}
     for grid in grids if isinstance(grids, list) else [grids]:
@@ -78,9 +78,7 @@ def _runs(base: Mapping[str, Any], grid: Mapping[str, Any]) -> Iterator[Planned]
     for chosen in itertools.product(*choices):
         values = dict(base)
         for key, value in zip(grid, chosen, strict=True):
-            # A name alone changes the name, and what else the section says stays.
-            section = isinstance(value, str) and key in ("method", "model", "data", "optimizer", "schedule")
-            values = merged(values, f"{key}.name" if section else key, value)
+            values = put(values, key, value)
         config = as_config(values)
         yield Planned(_name(config, grid), config)
 

@@ -192,8 +192,7 @@ class Text:
         last = len(self.train) - self.context - 1
         if last < 0:
             raise ValueError(f"a text of {len(self.train)} symbols has no window of {self.context} + 1")
-        while True:
-            yield torch.randint(last + 1, (batch_size,), generator=generator)
+        return (torch.randint(last + 1, (batch_size,), generator=generator) for _ in itertools.repeat(None))
 
     def take(self, places: Tensor, draws: Tensor | None = None) -> Batch:
         """Windows of the training part, and what follows each symbol.
@@ -227,10 +226,13 @@ def shuffled(count: int, seed: int, batch_size: int) -> Iterator[Tensor]:
     """
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size must lie in 1..{count} (the training images), got {batch_size}")
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % batch_size].split(batch_size)
+
+    def endless() -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(count, generator=generator)[: count - count % batch_size].split(batch_size)
+
+    return endless()
 
 
 def shuffled_split(x: Tensor, y: Tensor, held_out: int, seed: int = 1234) -> tuple[Split, Split]:

@@ -12,7 +12,7 @@ from resu.experiments.train.reading import as_config, read_mapping
 from resu.experiments.train.result import Result, read_result, write_json
 from resu.experiments.train.typed import ConfigError, plain
 
-__all__ = ["CHECKPOINT", "CONFIG", "FILES", "MASKS", "MODEL", "RESULT", "prepare"]
+__all__ = ["CHECKPOINT", "CONFIG", "FILES", "MASKS", "MODEL", "RESULT", "claim", "look"]
 
 CONFIG, LOG, CHECKPOINT = "config.json", "log.csv", "checkpoint.safetensors"
 RESULT, MODEL, MASKS = "result.json", "model.safetensors", "masks.safetensors"
@@ -22,8 +22,8 @@ FILES = (CONFIG, LOG, CHECKPOINT, RESULT, MODEL, MASKS)
 _FREE = ("log", "compute")
 
 
-def prepare(out: Path, config: Config, resume: bool, force: bool, ranks: Ranks) -> Result | None:
-    """Make the folder ready for a run, before the work and not after it.
+def look(out: Path, config: Config, resume: bool, force: bool) -> Result | None:
+    """See whether a run may use a folder; nothing is written.
 
     Returns:
         The result of a finished run that shall go on; None otherwise.
@@ -33,23 +33,25 @@ def prepare(out: Path, config: Config, resume: bool, force: bool, ranks: Ranks) 
         ConfigError: If it holds another run than the one that shall go on.
     """
     taken = [name for name in FILES if (out / name).exists()]
-    ranks.barrier()  # each process has looked before the first one writes
     if resume and CONFIG in taken:
         _check_same(out / CONFIG, config)
-        if RESULT in taken:
-            return read_result(out / RESULT)
-    elif taken and not force:
+        return read_result(out / RESULT) if RESULT in taken else None
+    if taken and not force:
         raise FileExistsError(
             f"{out} holds a run ({taken[0]}): go on with it (resume), replace it (force), or name another folder"
         )
+    return None
+
+
+def claim(out: Path, config: Config, resume: bool, ranks: Ranks) -> None:
+    """Make the folder that of this run; what an earlier one left goes, unless it is the same that goes on."""
+    ranks.barrier()  # each process has looked before the first one writes
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            for name in taken:
-                (out / name).unlink()
+        for name in () if resume else FILES:
+            (out / name).unlink(missing_ok=True)
         write_json(out / CONFIG, plain(config))
     ranks.barrier()
-    return None
 
 
 def _check_same(path: Path, config: Config) -> None:

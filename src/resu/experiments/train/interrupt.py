@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -22,14 +23,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Remembers a first interrupt; a second one acts at once, as ever.
+    """Remembers a first interrupt; a second one, a second later or more, acts at once.
+
+    (A launcher passes on what the terminal has sent already, so one Ctrl-C may be heard twice.)
 
     As a context it listens; elsewhere than in the main thread, where Python allows no handlers, it hears nothing.
     """
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
-        self.heard = False
+        self._heard_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -39,21 +42,19 @@ class Interrupts:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.heard = True
-        self._restore()
+        if self._heard_at is None:
+            self._heard_at = time.monotonic()
+        elif time.monotonic() - self._heard_at > 1.0:
+            raise KeyboardInterrupt
 
     def due(self, step: int) -> bool:
         """Whether to stop after ``step``; all processes get the same answer."""
         if self.placement.ranks.world == 1:
-            return self.heard
+            return self._heard_at is not None
         if step % _ASK_EVERY:
             return False
-        return bool(self.placement.total(torch.tensor([float(self.heard)])).item())
+        return bool(self.placement.total(torch.tensor([float(self._heard_at is not None)])).item())

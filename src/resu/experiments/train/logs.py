@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from resu.experiments import rows
 from resu.experiments.train.typed import ConfigError
 
-__all__ = ["Entry", "Logs"]
+__all__ = ["Entry", "Logs", "check_tensorboard"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,17 @@ class Logs:
             self._board.close()
 
 
+def check_tensorboard(wanted: bool) -> None:
+    """Stop if events are wanted and the package that writes them is absent.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if wanted and find_spec("tensorboard") is None:
+        raise ConfigError("log.tensorboard needs tensorboard: pip install tensorboard (log.csv has the same figures)")
+
+
 def _writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "log.tensorboard needs tensorboard: pip install tensorboard (log.csv has the same figures)"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from resu.experiments.data import Batch, TrainingData, load
 from resu.experiments.train.config import Config
 from resu.experiments.train.evaluation import evaluate, metric_of
 from resu.experiments.train.finish import finish
-from resu.experiments.train.folder import CHECKPOINT, prepare
+from resu.experiments.train.folder import CHECKPOINT, claim, look
 from resu.experiments.train.interrupt import Interrupted, Interrupts
-from resu.experiments.train.logs import Entry, Logs
+from resu.experiments.train.logs import Entry, Logs, check_tensorboard
+from resu.experiments.train.lost import watched
 from resu.experiments.train.placement import placed
 from resu.experiments.train.result import Result
 from resu.experiments.train.state import State
@@ -55,36 +56,44 @@ def run(
         resume: Go on from the folder's checkpoint (from the beginning, if the run was stopped before the first one); a
             finished run gives its result.
         force: Whether files of an earlier run may be replaced.
-        on_event: Told ``"start"``, ``"log"`` (with the fields of a row of the log) and ``"evaluate"``.
+        on_event: Told of ``"start"``, each ``"step"``, each ``"log"`` (with the fields of its row) and each
+            ``"evaluate"``.
 
     Raises:
         ConfigError: If the configuration cannot be carried out, or is not that of the run to go on with.
         FileExistsError: If the folder is taken.
         FloatingPointError: If the loss is no number any more.
         Interrupted: After Ctrl-C, with a checkpoint written.
+        LostProcess: If one of several processes ended.
     """
     out = Path(out)
     with placed(config.compute) as placement:
-        found = prepare(out, config, resume, force, placement.ranks)
-        if found is not None:
-            return found
+        finished = look(out, config, resume, force)
+        if finished is not None:
+            return finished
+        # Whatever can be refused is refused here, before the folder is touched.
+        check_tensorboard(config.log.tensorboard)
         data = load(config.data.name, config.data.dir, **config.data.options)
         state = State(config, data, placement)
         if resume and (out / CHECKPOINT).is_file():
             state.load(out / CHECKPOINT)
+        batches = stream(data, config, state.step, placement.ranks)
+        claim(out, config, resume, placement.ranks)
         on_event("start", {"step": state.step, "steps": state.steps, "setting": str(state.setting)})
         logs = Logs(out, state.step, config.log.tensorboard, placement.ranks.rank == 0)
         try:
-            _train(state, data, out, logs, on_event)
+            with watched(placement, state):
+                _train(state, data, batches, out, logs, on_event)
         finally:
             logs.close()
         return finish(state, data, out)
 
 
-def _train(state: State, data: TrainingData, out: Path, logs: Logs, on_event: Event) -> None:
+def _train(
+    state: State, data: TrainingData, batches: Iterator[list[Batch]], out: Path, logs: Logs, on_event: Event
+) -> None:
     config, placement = state.config, state.placement
     every = config.log
-    batches = stream(data, config, state.step, placement.ranks)
     state.network.train()
     with Interrupts(placement) as interrupts:
         begin = time.perf_counter()
@@ -92,6 +101,7 @@ def _train(state: State, data: TrainingData, out: Path, logs: Logs, on_event: Ev
             lr = config.optimizer.lr * config.schedule.factor(state.step, state.steps)
             _step(state, next(batches), lr)
             state.step += 1
+            on_event("step", {"step": state.step, "steps": state.steps})
             state.seconds += time.perf_counter() - begin
             last = state.step == state.steps
             measure = _due(state.step, every.evaluate_every) or (last and every.evaluate_every > 0)

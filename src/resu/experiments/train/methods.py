@@ -62,4 +62,6 @@ def setting_of(method: Any, plan: Plan) -> Setting:
     changed: dict[str, Any] = {"options": {**setting.options, **method.options}}
     if method.distribution is not None:
         changed["distribution"] = method.distribution
+    if method.pattern is not None:
+        changed["pattern"] = method.pattern
     return replace(setting, **changed)

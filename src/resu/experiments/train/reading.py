@@ -10,7 +10,9 @@ from typing import Any
 from resu.experiments.train.config import Config
 from resu.experiments.train.typed import ConfigError, build
 
-__all__ = ["apply_settings", "as_config", "load_config", "merged", "read_mapping"]
+__all__ = ["apply_settings", "as_config", "load_config", "put", "read_mapping"]
+
+_SECTIONS = ("data", "model", "method", "optimizer", "schedule")
 
 
 def load_config(path: str | Path, settings: Iterable[str] = ()) -> Config:
@@ -111,26 +113,38 @@ def apply_settings(values: Mapping[str, Any], settings: Iterable[str]) -> dict[s
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        found = _set(found, key.strip().split("."), value, setting)
+        found = put(found, key.strip(), value)
     return found
 
 
-def merged(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """``values`` with one dotted key set; a mapping goes over the section that is there."""
-    found = dict(values)
-    items = value.items() if isinstance(value, Mapping) else [(None, value)]
-    for name, item in items:
-        path = key.split(".") + ([name] if name is not None else [])
-        found = _set(found, path, item, key)
-    return found
+def put(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """``values`` with one dotted key set.
+
+    Where the key is a whole section, a text changes its name and a mapping goes over what it says.
+
+    Raises:
+        ConfigError: If a part of the key names no section.
+
+    Example:
+        >>> put({"method": {"name": "set", "sparsity": 0.9}}, "method", "rigl")
+        {'method': {'name': 'rigl', 'sparsity': 0.9}}
+    """
+    first, *rest = key.split(".")
+    if first in _SECTIONS and not rest and isinstance(value, (str, Mapping)):
+        return {**values, first: {**_section(values, first), **_named(value)}}
+    if not rest:
+        return {**values, first: value}
+    return {**values, first: put(_section(values, first), ".".join(rest), value)}
 
 
-def _set(values: Mapping[str, Any], path: list[str], value: Any, what: str) -> dict[str, Any]:
-    if len(path) == 1:
-        return {**values, path[0]: value}
-    section = values.get(path[0], {})
-    if isinstance(section, str):  # a name alone stands for a section
-        section = {"name": section}
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section that there is, or an empty one."""
+    section = _named(values.get(key, {}))
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{what!r}: {path[0]!r} is no section, it is {section!r}")
-    return {**values, path[0]: _set(section, path[1:], value, what)}
+        raise ConfigError(f"{key!r} is no section with keys of its own, it is {section!r}")
+    return section
+
+
+def _named(value: Any) -> Any:
+    """A name alone stands for a section."""
+    return {"name": value} if isinstance(value, str) else value

@@ -59,8 +59,8 @@ class Result:
 def settings_of(config: Config, setting: Setting) -> str:
     """The settings of a method that the sparsity does not decide."""
     method = config.method
-    own = {"pattern": method.pattern, "include": method.include, "exclude": method.exclude}
-    given = [f"{key}={value if isinstance(value, str) else ','.join(value)}" for key, value in own.items() if value]
+    own = {"include": method.include, "exclude": method.exclude}
+    given = [f"{key}={','.join(value)}" for key, value in own.items() if value]
     return " ".join([str(setting), *given])
 
 

@@ -67,7 +67,7 @@ class State:
             self.model,
             self.optimizer,
             algorithms[self.setting.algorithm](**self.setting.options),
-            pattern=method.pattern if method.pattern is not None else getattr(self.setting, "pattern", None),
+            pattern=self.setting.pattern,
             distribution=self.setting.distribution,
             include=include,
             exclude=method.exclude,

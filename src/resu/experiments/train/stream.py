@@ -30,6 +30,7 @@ def stream(data: TrainingData, config: Config, first: int, ranks: Ranks) -> Iter
 
     Raises:
         ConfigError: If the batch does not divide.
+        ValueError: If there are not that many examples.
     """
     pieces = config.accumulate * ranks.world
     if config.batch_size % pieces:
@@ -37,23 +38,25 @@ def stream(data: TrainingData, config: Config, first: int, ranks: Ranks) -> Iter
             f"batch_size {config.batch_size} does not divide into {pieces} pieces ({ranks.world} processes, "
             f"accumulate {config.accumulate})"
         )
-    return _batches(data, config, first, ranks)
+    # Asked for here and not at the first batch, so that a batch that is too large is found at once.
+    places = data.places(_seed(config), config.batch_size)
+    return (
+        [data.take(*piece) for piece in pieces]
+        for pieces in _pieces(itertools.islice(places, first, None), config, first, ranks)
+    )
 
 
-def _batches(data: TrainingData, config: Config, first: int, ranks: Ranks) -> Iterator[list[Batch]]:
-    for pieces in _pieces(data, config, first, ranks):
-        yield [data.take(*piece) for piece in pieces]
+def _seed(config: Config) -> int:
+    return config.seed + (_FINETUNE_SEED if config.regime == "finetune" else 0)
 
 
-def _pieces(data: TrainingData, config: Config, first: int, ranks: Ranks) -> Iterator[list[Places]]:
+def _pieces(batches: Iterator[Tensor], config: Config, first: int, ranks: Ranks) -> Iterator[list[Places]]:
     """Where the examples of each piece lie, and the numbers that change them."""
-    seed = config.seed + (_FINETUNE_SEED if config.regime == "finetune" else 0)
     size = config.batch_size // (config.accumulate * ranks.world)
-    places = itertools.islice(data.places(seed, config.batch_size), first, None)
-    for step, batch in enumerate(places, first):
+    for step, batch in enumerate(batches, first):
         draws: list[Tensor | None] = [None] * (config.batch_size // size)
         if config.data.augment:
-            generator = derived_generator(seed, "augment", step)
+            generator = derived_generator(_seed(config), "augment", step)
             draws = list(torch.rand(len(batch), DRAWS, generator=generator).split(size))
         pieces = list(zip(batch.split(size), draws, strict=True))
         yield pieces[ranks.rank * config.accumulate : (ranks.rank + 1) * config.accumulate]
