@@ -45,7 +45,11 @@ def save(driver: Sparsifier) -> dict[str, Any]:
 
     def mask(one: HeldLayer, what: SparseMask) -> dict[str, Tensor]:
         weight = one.layer.weight
-        return {"packed": shard_like(what.packed, weight), "shape": torch.tensor(weight.shape, dtype=torch.int64)}
+        # A copy: torch.distributed.checkpoint reads into the tensors of a state, and a mask is never written to.
+        return {
+            "packed": shard_like(what.packed.clone(), weight),
+            "shape": torch.tensor(weight.shape, dtype=torch.int64),
+        }
 
     def tensors(attribute: str, dtype: torch.dtype | None, possible: bool) -> dict[str, Tensor]:
         found = {}
