@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from resu.core.enforcement import Constraint
+from resu.core.sharding import local
 
-__all__ = ["DenseGradient"]
+__all__ = ["DenseGradient", "ratio_of_norms", "squared_norms"]
 
 
 class DenseGradient:
@@ -31,13 +32,19 @@ class DenseGradient:
         """Add what the backward pass has left."""
         constraint = self._constraint()
         assert constraint is not None
-        same = self._last is not None and self._last() is gradient
-        # Accumulating in place writes once; anything more is zero_grad, unscaling, clipping: the step before is over.
-        if self.total is None or not same or gradient._version > self._version + 1 or not constraint.mask_gradient:
+        if self.total is None or self._is_new(gradient) or not constraint.mask_gradient:
             self.total = gradient.to(torch.float32, copy=True)
             return
-        constraint.mask.zero_(self.total, active=True)
+        passed = constraint.mask if constraint.gradient_mask is None else constraint.gradient_mask
+        passed.zero_(self.total, active=True)
         self.total.add_(gradient)
+
+    def _is_new(self, gradient: Tensor) -> bool:
+        if self._last is None or self._last() is not gradient:
+            return True
+        # Accumulating writes once; anything more is zero_grad, unscaling, clipping: the step before is over. Views of
+        # one buffer (FSDP2, buckets of DDP) share a count of writes, so it tells nothing of one of them.
+        return gradient._base is None and gradient._version > self._version + 1
 
     def after(self, gradient: Tensor) -> None:
         """Remember the masked gradient, to know it again."""
@@ -47,3 +54,18 @@ class DenseGradient:
         """The sum, handed over: the next step starts anew."""
         total, self.total, self._last = self.total, None, None
         return total
+
+
+def squared_norms(caught: Tensor, given: Tensor | None) -> Tensor:
+    """Of what the optimizer is given, and of what was caught where the optimizer is given something: two float64."""
+    if given is None:
+        return torch.zeros(2, dtype=torch.float64, device=caught.device)
+    given = local(given)
+    seen = caught.masked_fill(given == 0, 0)
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in (given, seen)]).square()
+
+
+def ratio_of_norms(squares: Tensor) -> Tensor:
+    """By what a caught gradient was multiplied since (a ``GradScaler`` divides, clipping shortens); 1 if unknown."""
+    ratio = (squares[0] / squares[1]).sqrt()
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).float()

@@ -26,6 +26,7 @@ from resu.training.algorithms.base import Algorithm, View
 from resu.training.budget import check_distribution, keeps_at
 from resu.training.closures import after_backward
 from resu.training.held_layer import HeldLayer
+from resu.training.observer import ratio_of_norms, squared_norms
 from resu.training.report import SparsityReport, make_report
 from resu.training.wrappers import unwrap
 
@@ -205,7 +206,13 @@ class Sparsifier:
             gradient = None if grad is None else local(grad).to(torch.float32, copy=True)
         else:
             return
-        if gradient is not None and scale is not None:
+        if gradient is None:
+            return
+        if held.constraint.observer is not None:
+            # On the scale of what the optimizer is given: unscaled by now, and clipped.
+            squares = self._agreement.mean_(squared_norms(gradient, held.layer.weight.grad))
+            gradient *= ratio_of_norms(squares)
+        if scale is not None:
             gradient /= scale
         held.gradient = gradient
 
@@ -236,7 +243,8 @@ class Sparsifier:
             if beta is not None and held.gradient is not None:
                 if held.momentum is None:
                     held.momentum = torch.zeros_like(held.gradient)
-                held.momentum.lerp_(held.gradient, 1 - beta)
+                # One overflow at a pruned position, which no GradScaler sees, would stay in the mean for ever.
+                held.momentum.lerp_(held.gradient.nan_to_num_(0.0, 0.0, 0.0), 1 - beta)
         if due:
             self._update(self.algorithm.target(self.step))
         self._prepare()

@@ -16,6 +16,7 @@ __all__ = [
     "check_init",
     "drop_and_grow",
     "drop_fraction",
+    "finite_growth",
     "initial_scores",
     "kept_through",
     "moves_at",
@@ -94,6 +95,18 @@ def needed_gradient(view: View, rule: str) -> Tensor:
     return view.gradient
 
 
+def finite_growth(growth: Tensor) -> Tensor:
+    """A wish to grow that ranks below infinity, also where units of weights are summed up.
+
+    A gradient that overflowed at a pruned position is no less wanted than any other, but must not oust a weight that
+    stays; NaN is wanted least. (No ``GradScaler`` sees what is masked, so it cannot skip such a step.)
+    """
+    wide = growth.double() if not growth.is_floating_point() else growth
+    wide = wide.float() if wide.dtype in (torch.float16, torch.bfloat16) else wide
+    largest = torch.finfo(wide.dtype).max / max(1, wide.numel())
+    return wide.nan_to_num(nan=-largest).clamp(-largest, largest)
+
+
 def drop_and_grow(view: View, rank: Tensor, growth: Tensor, survive: int) -> Tensor:
     """Keep the ``survive`` active positions of highest ``rank``, then fill up to ``view.keep`` by ``growth``.
 
@@ -123,8 +136,7 @@ def drop_and_grow(view: View, rank: Tensor, growth: Tensor, survive: int) -> Ten
             standing = standing.masked_fill(inside.logical_not(), -1.0)
             active = int(torch.count_nonzero(inside))
         inside = top_k_mask(standing, min(survive, active))
-    wish = growth if growth.is_floating_point() else growth.double()
-    return view.pattern.select(wish.masked_fill(inside, torch.inf), view.keep)
+    return view.pattern.select(finite_growth(growth).masked_fill(inside, torch.inf), view.keep)
 
 
 def kept_through(fraction: float, keep: int) -> int:

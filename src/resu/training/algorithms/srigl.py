@@ -16,6 +16,7 @@ from resu.training.algorithms.drop_grow import (
     check_fraction,
     check_init,
     drop_fraction,
+    finite_growth,
     initial_scores,
     moves_at,
     needed_gradient,
@@ -82,7 +83,7 @@ class SRigL(Algorithm):
         if view.step == 0:
             return view.pattern.select(initial_scores(view, self.init), view.keep)
         count = math.floor(drop_fraction(self.alpha, step, self.end_step) * view.keep)
-        growth = needed_gradient(view, "SRigL").abs().flatten(1)
+        growth = finite_growth(needed_gradient(view, "SRigL").abs().flatten(1))
         mask, size = view.mask.flatten(1), view.weight.abs().flatten(1)
         active = int(torch.count_nonzero(mask))
         survivors = top_k_mask(size.masked_fill(~mask, -torch.inf), min(active, max(0, view.keep - count)))
