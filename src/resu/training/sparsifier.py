@@ -356,18 +356,26 @@ class Sparsifier:
         """Make ``new`` the mask of a layer, and clear the optimizer's state where it changed."""
         held = self._held[name]
         self._agreement.note(new)
+        version = held.weight._version
         if (moved := held.move(old, new)) is None:
             return
         changed, before = moved
-        starting = self._undo is not None and self.step == 0
-        if self.algorithm.clears_state:
-            if starting:
-                self._unclear[name] = changed
-            else:
+        if self._undo is None or self.step > 0:
+            if self.algorithm.clears_state:
                 clear_state(self.optimizer, held.layer.weight, changed)
-        if self._undo is not None and (starting or name in self._undo):
-            where, value, _ = self._undo.get(name, (changed, before, 0))
-            self._undo[name] = (where, value, held.weight._version)
+            return
+        # Before the first step everything can be taken back, also what prune_to() did since.
+        if self.algorithm.clears_state:
+            self._unclear[name] = torch.cat([self._unclear.get(name, changed[:0]), changed])
+        where, value, last = self._undo.get(name, (changed[:0], before[:0], version))
+        if last != version:  # somebody has written to it since
+            where, value = where[:0], value[:0]
+        fresh = torch.isin(changed, where, invert=True)
+        self._undo[name] = (
+            torch.cat([where, changed[fresh]]),
+            torch.cat([value, before[fresh]]),
+            held.weight._version,
+        )
 
     @torch.no_grad()
     def _give_back(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ __all__ = [
     "finite_growth",
     "initial_scores",
     "kept_through",
+    "moved_count",
     "moves_at",
     "needed_gradient",
     "random_scores",
@@ -57,7 +59,7 @@ def drop_fraction(alpha: float, step: int, end_step: int | None) -> float:
         return alpha
     if step >= end_step:
         return 0.0
-    return alpha / 2 * (1 + math.cos(math.pi * step / end_step))
+    return round(alpha / 2 * (1 + math.cos(math.pi * step / end_step)), 12)
 
 
 def random_scores(view: View) -> Tensor:
@@ -90,7 +92,7 @@ def needed_gradient(view: View, rule: str) -> Tensor:
     if view.gradient is None:
         raise ValueError(
             f"{rule} needs the gradient of {view.name!r}, and the step before this update brought none: the weight "
-            "must be used in the loss, and an update by hand must fall on a step that the rule calls due"
+            "must be used in the loss; prune_to() between two steps has no gradient to go by"
         )
     return view.gradient
 
@@ -139,6 +141,16 @@ def drop_and_grow(view: View, rank: Tensor, growth: Tensor, survive: int) -> Ten
     return view.pattern.select(finite_growth(growth).masked_fill(inside, torch.inf), view.keep)
 
 
+def moved_count(fraction: float, count: int) -> int:
+    """``floor(fraction · count)``, the fraction read as the decimal that was written: 0.29 of 100 is 29, not 28.
+
+    Example:
+        >>> moved_count(0.29, 100), moved_count(0.3, 7), moved_count(1.0, 7)
+        (29, 2, 7)
+    """
+    return math.floor(Fraction(str(fraction)) * count)
+
+
 def kept_through(fraction: float, keep: int) -> int:
     """How many of ``keep`` weights stay where ``floor(fraction · keep)`` are dropped."""
-    return keep - math.floor(fraction * keep)
+    return keep - moved_count(fraction, keep)

@@ -19,7 +19,7 @@ from resu.training.algorithms.drop_grow import (
     check_init,
     drop_and_grow,
     drop_fraction,
-    initial_scores,
+    moved_count,
     moves_at,
     standing_scores,
 )
@@ -87,26 +87,27 @@ class SNFS(Algorithm):
         return standing_scores(view, self.init)
 
     def _dropped(self, view: View) -> int:
-        return math.floor(drop_fraction(self.alpha, view.step, self.end_step) * int(torch.count_nonzero(view.mask)))
+        return moved_count(drop_fraction(self.alpha, view.step, self.end_step), int(torch.count_nonzero(view.mask)))
 
     def redistribute(self, views: Mapping[str, View]) -> dict[str, int]:
-        """What all layers drop, divided by the mean |momentum| of each layer's active weights."""
+        """What is free after all layers dropped, divided by the mean |momentum| of each layer's active weights."""
         keeps = {name: view.keep for name, view in views.items()}
         if not self.redistribution or any(view.momentum is None for view in views.values()):
             return keeps
-        active = {name: int(torch.count_nonzero(view.mask)) for name, view in views.items()}
-        dropped = {name: self._dropped(view) for name, view in views.items()}
+        total = sum(keeps.values())
+        stay = {name: int(torch.count_nonzero(view.mask)) - self._dropped(view) for name, view in views.items()}
         means = {name: _mean_at(view.momentum, view.mask) for name, view in views.items()}
-        total = sum(means.values())
-        if total == 0 or not math.isfinite(total):
+        mean = sum(means.values())
+        free = total - sum(stay.values())
+        if free < 0 or mean == 0 or not math.isfinite(mean):
             return keeps
-        quotas = {n: active[n] - dropped[n] + Fraction(means[n] / total) * sum(dropped.values()) for n in views}
-        return largest_remainder(sum(active.values()), quotas, {n: view.mask.numel() for n, view in views.items()})
+        quotas = {name: stay[name] + Fraction(means[name] / mean) * free for name in views}
+        return largest_remainder(total, quotas, {name: view.mask.numel() for name, view in views.items()})
 
     def update_mask(self, view: View, sparsity: float, step: int) -> Tensor:
-        """Drop by magnitude, grow by momentum."""
+        """Drop by magnitude, grow by momentum; without a momentum, keep what there is."""
         if view.step == 0 or view.momentum is None:
-            return view.pattern.select(initial_scores(view, self.init), view.keep)
+            return view.pattern.select(standing_scores(view, self.init), view.keep)
         survive = min(view.keep, int(torch.count_nonzero(view.mask)) - self._dropped(view))
         return drop_and_grow(view, view.weight.abs(), view.momentum.abs(), survive)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,6 +17,7 @@ from resu.training.algorithms.drop_grow import (
     drop_fraction,
     finite_growth,
     initial_scores,
+    moved_count,
     moves_at,
     needed_gradient,
     standing_scores,
@@ -82,7 +82,7 @@ class SRigL(Algorithm):
         """Drop by magnitude, give up neurons, fill up by gradient."""
         if view.step == 0:
             return view.pattern.select(initial_scores(view, self.init), view.keep)
-        count = math.floor(drop_fraction(self.alpha, step, self.end_step) * view.keep)
+        count = moved_count(drop_fraction(self.alpha, step, self.end_step), view.keep)
         growth = finite_growth(needed_gradient(view, "SRigL").abs().flatten(1))
         mask, size = view.mask.flatten(1), view.weight.abs().flatten(1)
         active = int(torch.count_nonzero(mask))
