@@ -18,11 +18,13 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @torch.no_grad()
-def uses_per_pass(model: nn.Module, layers: Mapping[str, Layer], example_inputs: Any) -> dict[str, int]:
+def uses_per_pass(model: nn.Module, layers: Mapping[str, Layer], example_inputs: Any) -> dict[str, float]:
     """Multiplications of one weight of each layer in one pass over ``example_inputs``.
 
     A linear layer uses each weight once per row of its input, a convolution once per place of its output (per place of
-    its input if it is transposed). A weight whose module is not called (fused experts) counts once.
+    its input if it is transposed). In an ``nn.MultiheadAttention`` projections count the rows they project: queries,
+    keys, values, outputs; the one matrix for all three the mean. A weight whose module is not called (fused experts)
+    counts once.
 
     Args:
         model: Run once, in evaluation mode; its mode is put back.
@@ -38,11 +40,16 @@ def uses_per_pass(model: nn.Module, layers: Mapping[str, Layer], example_inputs:
         >>> uses_per_pass(net, select(net), torch.zeros(2, 1, 6, 6))
         {'0.weight': 32, '2.weight': 2}
     """
-    uses = dict.fromkeys(layers, 0)
+    uses: dict[str, float] = dict.fromkeys(layers, 0)
     handles = [
         layer.module.register_forward_hook(_counter(uses, name, layer), with_kwargs=True)
         for name, layer in layers.items()
+        if not isinstance(layer.module, nn.MultiheadAttention)
     ]
+    names = {id(layer.weight): name for name, layer in layers.items()}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            handles.append(module.register_forward_hook(_attention_counter(uses, names), with_kwargs=True))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -60,9 +67,29 @@ def uses_per_pass(model: nn.Module, layers: Mapping[str, Layer], example_inputs:
     return {name: count or 1 for name, count in uses.items()}
 
 
-def _counter(uses: dict[str, int], name: str, layer: Layer) -> Any:
+def _counter(uses: dict[str, float], name: str, layer: Layer) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         uses[name] += _uses(module, layer, _first_tensor((args, kwargs)), _first_tensor(output))
+
+    return hook
+
+
+def _attention_counter(uses: dict[str, float], names: Mapping[int, str]) -> Any:
+    """Of an attention, which multiplies with its weights itself, the module of the output projection uncalled."""
+
+    def hook(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> None:
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        query, key, value = (math.prod(given[what].shape[:-1]) for what in ("query", "key", "value"))
+        rows = {
+            "in_proj_weight": (query + key + value) / 3,
+            "q_proj_weight": query,
+            "k_proj_weight": key,
+            "v_proj_weight": value,
+        }
+        used = [(getattr(module, attribute), count) for attribute, count in rows.items()]
+        for weight, count in [*used, (module.out_proj.weight, query)]:
+            if id(weight) in names:
+                uses[names[id(weight)]] += int(count) if count == int(count) else count
 
     return hook
 
@@ -74,8 +101,6 @@ def _first_tensor(tree: Any) -> Tensor:
 def _uses(module: nn.Module, layer: Layer, inputs: Tensor, outputs: Tensor) -> int:
     if isinstance(module, _TRANSPOSED):
         return inputs.numel() // module.in_channels
-    if isinstance(module, nn.MultiheadAttention):
-        return math.prod(inputs.shape[:-1])
     if layer.stacked:
         return 0
     out = layer.matrix(layer.weight).shape[0]

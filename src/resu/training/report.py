@@ -43,7 +43,7 @@ class LayerReport:
     churn: float = 0.0
     forward_share: float = 1.0
     update_share: float = 1.0
-    uses: int | None = None
+    uses: float | None = None
 
     @property
     def numel(self) -> int:
