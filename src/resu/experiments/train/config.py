@@ -98,6 +98,7 @@ class Method:
     def __post_init__(self) -> None:
         if self.name == "dense":
             object.__setattr__(self, "sparsity", 0.0)  # so that a grid over sparsities has one dense run
+        object.__setattr__(self, "options", check_method(self.name, self.options, _fields(self)))
         try:
             check_sparsity(self.sparsity, "method.sparsity")
             get_pattern(self.pattern)
@@ -109,7 +110,6 @@ class Method:
             f"above 0 for {self.name!r} ('dense' is the method without sparsity)",
             self.sparsity,
         )
-        object.__setattr__(self, "options", check_method(self.name, self.sparsity, self.options, _fields(self)))
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from resu.training.algorithms import algorithms
 __all__ = ["check_method", "method_names", "setting_of"]
 
 # Any plan will do to learn which algorithm a method uses.
-_ANY = 1000
+_ANY = Plan(sparsity=0.5, steps=1000, regime="scratch")
 
 
 def method_names() -> list[str]:
     """All names that a configuration may use: presets first."""
-    driven = [name for name in methods if methods[name](Plan(0.5, _ANY, "scratch")).driver != "cycles"]
+    driven = [name for name in methods if methods[name](_ANY).driver != "cycles"]
     return [*driven, *(name for name in algorithms if name not in driven)]
 
 
@@ -37,13 +37,13 @@ def _preset(name: str, plan: Plan) -> Setting:
     raise ConfigError(f"unknown method {name!r}; known: {', '.join(method_names())}")
 
 
-def check_method(name: str, sparsity: float, options: Mapping[str, Any], fields: Iterable[str] = ()) -> dict[str, Any]:
+def check_method(name: str, options: Mapping[str, Any], fields: Iterable[str] = ()) -> dict[str, Any]:
     """The options of a method, checked against the fields of its algorithm.
 
     Raises:
         ConfigError: If there is no such method, or one of its algorithm has no such option.
     """
-    setting = _preset(name, Plan(sparsity, _ANY, "scratch"))
+    setting = _preset(name, _ANY)
     if setting.driver == "dense":
         if options:
             raise ConfigError(f"method 'dense' has no options, got {', '.join(options)}")

@@ -113,8 +113,20 @@ class State:
         """Go on from a checkpoint."""
         extra = load_checkpoint(path, self.model).extra
         self.optimizer.load_state_dict(extra["optimizer"])
+        _lay_alike(self.optimizer)
         if self.sparsifier is not None:
             self.sparsifier.load_state_dict(extra["sparsifier"])
         run = extra["run"]
         self.step, self.seconds = int(run["step"]), float(run["seconds"])
         self.losses = run["losses"].to(self.placement.device)
+
+
+def _lay_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out an optimizer's state in memory as its parameters are.
+
+    Fused optimizers go through the memory of both in step and do not look at strides, and a file keeps none.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
