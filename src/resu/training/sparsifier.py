@@ -296,8 +296,9 @@ class Sparsifier:
             for name in self.layers:
                 view = dataclasses.replace(self._view(name), keep=keeps[name])
                 self._move(name, view.mask, self._new_mask(view, sparsity))
+        reaches = type(self.algorithm).reach is not Algorithm.reach
         for name, held in self._held.items():
-            if held.theta is not None:
+            if reaches and held.theta is not None:
                 held.set_reach(self.algorithm.reach(self._view(name)), self.optimizer)
         self._agreement.check_same(self.step)
 
