@@ -32,7 +32,8 @@ class TopKAST(Algorithm):
 
     Args:
         backward_sparsity: 1 - (D + M). None: twice the density of the forward, ``max(0, 2·sparsity - 1)``.
-        regularization: λ.
+        regularization: λ. The paper gives 1e-4 for a squared norm; as |θ| in Adam that is too much
+            (docs/leaderboard.md).
 
     Example:
         >>> TopKAST(sparsity=0.9).backward_sparsity
@@ -40,7 +41,7 @@ class TopKAST(Algorithm):
     """
 
     backward_sparsity: float | None = None
-    regularization: float = 1e-4
+    regularization: float = 1e-5
 
     learns_pruned: ClassVar[bool] = True
 
