@@ -9,6 +9,7 @@ import pytest
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 OPTIONAL = {"matplotlib", "rich", "typer", "sklearn", "scipy", "PIL", "transformers", "peft"}
+OPTIONAL |= {"accelerate", "lightning", "pytorch_lightning", "torchmetrics"}
 USES_OPTIONAL = ("resu.cli", "resu.experiments", "resu.integrations")
 
 
