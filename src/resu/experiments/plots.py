@@ -23,6 +23,7 @@ __all__ = [
     "draw_training",
     "legend_below",
     "new_figure",
+    "tidy",
     "to_png",
 ]
 
@@ -73,7 +74,8 @@ def to_png(figure: Figure, dpi: int = 130) -> bytes:
     return buffer.getvalue()
 
 
-def _tidy(ax: Any, title: str, x: str, y: str) -> None:
+def tidy(ax: Any, title: str, x: str, y: str) -> None:
+    """Title, names of the axes, a light grid."""
     ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
     ax.set_xlabel(x)
     ax.set_ylabel(y)
@@ -106,7 +108,7 @@ def draw_accuracy(
     levels = sorted({sparsity for curve in curves.values() for sparsity in curve})
     for index, (name, curve) in enumerate(curves.items()):
         # Neighbouring methods stand a little apart, so that their bars stay readable.
-        shift = (index - (len(curves) - 1) / 2) * 0.07
+        shift = (index - (len(curves) - 1) / 2) * min(0.07, 0.8 / len(curves))
         xs = [levels.index(s) + shift for s in sorted(curve)]
         means = [_mean(curve[s]) for s in sorted(curve)]
         low = [m - min(curve[s]) for m, s in zip(means, sorted(curve), strict=True)]
@@ -117,7 +119,8 @@ def draw_accuracy(
             yerr=[low, high],
             label=name,
             color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
+            # Where colours come again, markers do not come with them.
+            marker=MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
             markersize=5,
             linewidth=1.6,
             elinewidth=1,
@@ -126,7 +129,7 @@ def draw_accuracy(
     if dense:
         ax.axhline(_mean(dense), color="black", linestyle="--", linewidth=1.2, label="dense")
     ax.set_xticks(range(len(levels)), [f"{100 * s:g} %" for s in levels])
-    _tidy(ax, title, "sparsity (weights removed)", y)
+    tidy(ax, title, "sparsity (weights removed)", y)
 
 
 def draw_layers(ax: Any, methods: Mapping[str, Mapping[str, float]], title: str = "Sparsity of each layer") -> None:
@@ -141,7 +144,7 @@ def draw_layers(ax: Any, methods: Mapping[str, Mapping[str, float]], title: str 
     ax.set_yticks(range(len(layers)), layers)
     ax.invert_yaxis()
     ax.set_xlim(0, 108)
-    _tidy(ax, title, "sparsity (% of the layer's weights removed)", "")
+    tidy(ax, title, "sparsity (% of the layer's weights removed)", "")
     ax.grid(axis="y", visible=False)
 
 
@@ -179,7 +182,7 @@ def draw_memory(ax: Any, bars: Mapping[str, Mapping[str, int]], title: str = "By
         ax.text(total, position, f" {total:.3g}", va="center", fontsize=8)
     ax.invert_yaxis()
     ax.set_xlim(0, max(left.values(), default=1) * 1.12)
-    _tidy(ax, title, f"bytes held ({unit})", "")
+    tidy(ax, title, f"bytes held ({unit})", "")
     ax.grid(axis="y", visible=False)
 
 
@@ -197,7 +200,7 @@ def draw_training(ax: Any, trace: Trace, title: str = "Training") -> None:
     smooth = [_mean(trace.loss[max(0, i - window + 1) : i + 1]) for i in range(len(trace.loss))]
     ax.plot(range(len(smooth)), smooth, color=COLOURS[0], linewidth=1.3, label="training loss (left)")
     ax.set_yscale("log")
-    _tidy(ax, title, "training step", f"loss (mean of {window} steps)" if window > 1 else "loss")
+    tidy(ax, title, "training step", f"loss (mean of {window} steps)" if window > 1 else "loss")
     if trace.sparsity:
         beside = ax.twinx()
         xs = [step for step, _ in trace.sparsity] + [len(trace.loss)]

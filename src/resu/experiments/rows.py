@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["append", "read"]
+__all__ = ["append", "as_csv", "read"]
 
 T = TypeVar("T")
 
@@ -24,6 +24,12 @@ def _line(values: Iterable[object]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(values)
     return buffer.getvalue()
+
+
+def as_csv(found: Sequence[Any]) -> str:
+    """Rows, dataclasses of one kind, as the text of a file that :func:`read` reads."""
+    columns = _columns(found[0]) if found else ()
+    return "".join([_line(columns), *(_line(getattr(row, name) for name in columns) for row in found)])
 
 
 def append(path: str | Path, row: Any) -> None:
