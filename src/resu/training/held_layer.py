@@ -29,6 +29,7 @@ class HeldLayer:
         reached: Positions of the whole layer in ``reach``.
         momentum: Exponential mean of dense gradients, fp32; None where the rule wants none.
         gradient: What the next update looks at.
+        newborn: Positions that the last update has grown, for the step after it.
         ever: Positions that were active at some time; ``explored``: how many of the whole layer.
         grown: Positions grown by the last update, of the whole layer; ``grown_total`` by all of them.
         forward_work: Sum over the steps done of the active positions; ``update_work`` of the positions whose gradient
@@ -45,6 +46,7 @@ class HeldLayer:
         self.reached = 0
         self.momentum: Tensor | None = None
         self.gradient: Tensor | None = None
+        self.newborn: Tensor | None = None
         self.ever = self.constraint.mask
         self.explored = self.numel
         self.grown = self.grown_total = 0
@@ -96,6 +98,27 @@ class HeldLayer:
     def take_dense_gradient(self) -> Tensor | None:
         """What was caught of the step's dense gradient, in the order of the local part."""
         return self._observer.take()
+
+    @torch.no_grad()
+    def find_newborn(self) -> None:
+        """Note the positions that the update before this step has grown: active, and 0."""
+        self.newborn = positions(self.constraint.mask.mask & (self.weight == 0))
+
+    @torch.no_grad()
+    def cap_newborn(self, optimizer: Optimizer) -> None:
+        """Let no newborn weight go further than the learning rate in its first step.
+
+        Adam's bias correction counts the steps of the whole parameter. Of a weight whose moments were cleared late it
+        makes a first step of ``(1 - β1) / sqrt(1 - β2)``, about 3.2, times the learning rate, whatever its gradient.
+        """
+        newborn, self.newborn = self.newborn, None
+        if newborn is None or newborn.numel() == 0:
+            return
+        for group in optimizer.param_groups:
+            if "betas" in group and any(p is self.layer.weight for p in group["params"]):
+                at = torch.unravel_index(newborn, self.weight.shape)
+                limit = float(group["lr"])
+                self.weight[at] = self.weight[at].clamp(-limit, limit)
 
     @torch.no_grad()
     def absorb(self, gamma: float) -> None:

@@ -47,7 +47,8 @@ class Sparsifier:
     Args:
         model: The module to train; ``torch.compile`` and data-parallel wrappers are looked through.
         optimizer: Holds the weights. Its state at positions that change sides follows the contract: zeroed, unless
-            the algorithm keeps learning them (``RESU``, ``STE``).
+            the algorithm keeps learning them (``RESU``, ``STE``). Under optimizers of Adam's kind the first step of a
+            grown weight is capped at the learning rate.
         algorithm: The topology rule, e.g. ``RigL(sparsity=0.9, end_step=4000)``.
         pattern: Which positions compete: a :class:`~resu.core.pattern.Pattern` or a name such as ``"row"``, ``"2:4"``,
             ``"block:16x1"``; None: single weights within the tensor.
@@ -182,6 +183,9 @@ class Sparsifier:
                     f"{name!r} is another parameter than when the Sparsifier was made (fully_shard, a parametrization "
                     "or load_state_dict(assign=True) replaces parameters); make the Sparsifier after that"
                 )
+        if self.step > 0 and self.algorithm.clears_state and self.algorithm.due(self.step):
+            for held in self._held.values():
+                held.find_newborn()
         return after_backward(args, kwargs, self._after_backward)
 
     def _after_backward(self) -> None:
@@ -236,6 +240,7 @@ class Sparsifier:
         beta = self.algorithm.gradient_memory
         for held in self._held.values():
             held.count_work()
+            held.cap_newborn(optimizer)
             if held.theta is not None:
                 held.absorb(self.algorithm.damping)  # which zeroes the pruned positions as well
             elif due:
