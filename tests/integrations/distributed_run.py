@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from resu.integrations.driving import gathered_state, read_state, write_state
 from resu.training import RESU, RigL, Sparsifier
 from tests.integrations import test_accelerate, test_hf_trainer, test_lightning
+from tests.integrations.runs import same_bits
 from tests.training.helpers import batches, fit, mlp
 
 RULE = RESU(sparsity=0.8, initial_sparsity=None, interval=2, end_step=10)
@@ -36,7 +37,7 @@ def hf_trainer(folder: Path) -> None:
     agree(run.model, callback.sparsifier)
     again = test_hf_trainer.trainer(folder, test_hf_trainer.SparsityCallback(RULE), test_hf_trainer.tiny(seed=1))
     again.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
-    assert test_hf_trainer.same_bits(run.model, again.model)
+    assert same_bits(run.model, again.model)
 
 
 def accelerate(folder: Path) -> None:
@@ -67,7 +68,7 @@ def lightning(folder: Path) -> None:
     agree(model, callback.sparsifier)
     again, resume = test_lightning.module(seed=1), {"ckpt_path": folder / "step=5.ckpt", "weights_only": True}
     run(test_lightning.SparsityCallback(RULE), again)
-    assert test_lightning.same_bits(model, again)
+    assert same_bits(model, again)
 
 
 def sharded(folder: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resu.core.io import FileFormatError
-from resu.training import RESU, Magnitude, RigL, Sparsifier, Static
+from resu.training import Sparsifier, Static
+from tests.integrations.runs import OPTIMIZERS, RULES, same_bits
 from tests.training.helpers import batches, loss_of, mlp
 from tests.training.test_sparsifier import zeros_are_exact
 
@@ -20,18 +21,6 @@ accelerate = pytest.importorskip("accelerate")
 from accelerate.tracking import GeneralTracker, on_main_process  # noqa: E402
 
 from resu.integrations.accelerate import prepare_sparsifier, sparsity_metrics  # noqa: E402
-
-RULES = {
-    "static": Static(sparsity=0.8),
-    "magnitude": Magnitude(sparsity=0.9, end_step=9, interval=2),
-    "resu": RESU(sparsity=0.8, ramp_end_step=5, end_step=10, interval=1),
-    "rigl": RigL(sparsity=0.8, interval=2, end_step=10),
-}
-OPTIMIZERS = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3),
-    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3, fused=True),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +45,6 @@ def train(accelerator: Any, model: Any, optimizer: Any, data: list[tuple[Tensor,
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-
-
-def same_bits(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -152,6 +137,18 @@ def test_the_state_is_plain_and_each_driver_has_its_own(tmp_path: Path) -> None:
         accelerator.load_state(str(tmp_path))
 
 
+def test_what_was_freed_is_carried_no_more(tmp_path: Path) -> None:
+    accelerator, model, optimizer = prepared()
+    prepare_sparsifier(accelerator, model, optimizer, RULES["static"])
+    model, optimizer = accelerator.free_memory(model, optimizer)  # as after running out of memory
+    net = mlp()
+    model, optimizer = accelerator.prepare(net, OPTIMIZERS["sgd"](net.parameters()))
+    prepare_sparsifier(accelerator, model, optimizer, RULES["magnitude"])
+    accelerator.save_state(str(tmp_path))
+    (state,) = [torch.load(file, weights_only=True) for file in tmp_path.glob("sparsifier*")]
+    assert state["settings"]["algorithm"] == "Magnitude"
+
+
 def test_automatic_names(tmp_path: Path) -> None:
     configuration = accelerate.utils.ProjectConfiguration(
         str(tmp_path), automatic_checkpoint_naming=True, total_limit=1
@@ -204,13 +201,15 @@ def test_clear_errors() -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     net = mlp()
     plain = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"got a SGD that is not prepared; call model, optimizer = accelerator.prepare"):
+    with pytest.raises(ValueError, match=r"got a Sequential that is not prepared; call model, optimizer = accel"):
         prepare_sparsifier(accelerator, net, plain, RULES["static"])
     model, optimizer = accelerator.prepare(net, plain)
     with pytest.raises(TypeError, match="unknown option 'sparsity'"):
         prepare_sparsifier(accelerator, model, optimizer, RULES["static"], sparsity=0.5)
     with pytest.raises(TypeError, match="got the class Static"):
         prepare_sparsifier(accelerator, model, optimizer, Static)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got a SGD that is not prepared"):
+        prepare_sparsifier(accelerator, model, plain, RULES["static"])
     with pytest.raises(ValueError, match="none of the 2 selected weights belongs to the optimizer"):
-        prepare_sparsifier(accelerator, mlp(1), optimizer, RULES["static"])
+        prepare_sparsifier(accelerator, accelerator.prepare(mlp(1)), optimizer, RULES["static"])
     assert isinstance(prepare_sparsifier(accelerator, model, optimizer, RULES["static"]), Sparsifier)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from resu.core.io import FileFormatError
 from resu.core.mask_files import read_masks
-from resu.training import RESU, Magnitude, RigL, Static
+from resu.training import Magnitude, Static
+from tests.integrations.runs import RULES, same_bits
 from tests.training.test_sparsifier import zeros_are_exact
 
 transformers = pytest.importorskip("transformers")
@@ -20,13 +21,6 @@ pytest.importorskip("accelerate")
 
 from resu.formats.validate import validate  # noqa: E402
 from resu.integrations.hf_trainer import SparsityCallback  # noqa: E402
-
-RULES = {
-    "static": Static(sparsity=0.8),
-    "magnitude": Magnitude(sparsity=0.9, end_step=9, interval=2),
-    "resu": RESU(sparsity=0.8, ramp_end_step=5, end_step=10, interval=1),
-    "rigl": RigL(sparsity=0.8, interval=2, end_step=10),
-}
 
 
 def tiny(seed: int = 0, **changes: Any) -> Any:
@@ -90,10 +84,6 @@ def trainer(folder: Path, callback: SparsityCallback | None, model: Any = None, 
         eval_dataset=Tokens(8),
         callbacks=[] if callback is None else [callback, ExactZeros(callback)],
     )
-
-
-def same_bits(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

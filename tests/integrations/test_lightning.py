@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resu.training import RESU, Magnitude, RigL, Static
+from resu.training import Magnitude
+from tests.integrations.runs import OPTIMIZERS, RULES, same_bits
 from tests.training.helpers import batches, mlp
 from tests.training.test_sparsifier import zeros_are_exact
 
@@ -24,18 +25,6 @@ from resu.integrations.lightning import SparsityCallback  # noqa: E402
 
 # Runs resume here without the callback that wrote the checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
-
-RULES = {
-    "static": Static(sparsity=0.8),
-    "magnitude": Magnitude(sparsity=0.9, end_step=9, interval=2),
-    "resu": RESU(sparsity=0.8, ramp_end_step=5, end_step=10, interval=1),
-    "rigl": RigL(sparsity=0.8, interval=2, end_step=10),
-}
-OPTIMIZERS = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3),
-    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3, fused=True),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
-}
 
 
 def module(library: Any = lightning, optimizer: str = "adamw", seed: int = 0) -> Any:
@@ -121,10 +110,6 @@ def saving(folder: Path, every: int = 5) -> Any:
     return lightning.callbacks.ModelCheckpoint(
         dirpath=folder, filename="{step}", every_n_train_steps=every, save_top_k=-1, save_on_train_epoch_end=False
     )
-
-
-def same_bits(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("library", [lightning, twin], ids=["lightning", "pytorch_lightning"])

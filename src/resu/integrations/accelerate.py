@@ -12,6 +12,7 @@ from torch import nn
 from resu.integrations.driving import STATE_FILE, Recipe, gathered_state, read_state, sparsity_metrics, write_state
 from resu.training.algorithms.base import Algorithm
 from resu.training.sparsifier import Sparsifier
+from resu.training.wrappers import unwrap
 
 try:
     from accelerate import Accelerator
@@ -21,7 +22,8 @@ except ImportError as error:
 
 __all__ = ["prepare_sparsifier", "sparsity_metrics"]
 
-_made: WeakKeyDictionary[Accelerator, int] = WeakKeyDictionary()
+# The drivers of each accelerator, with the handles of their hooks.
+_made: WeakKeyDictionary[Accelerator, list[tuple[Sparsifier, tuple[Any, ...]]]] = WeakKeyDictionary()
 
 
 def prepare_sparsifier(
@@ -45,7 +47,8 @@ def prepare_sparsifier(
             :class:`~resu.training.sparsifier.Sparsifier`.
 
     Raises:
-        TypeError: If the optimizer was not prepared, or an option is unknown.
+        TypeError: If an option is unknown.
+        ValueError: If model or optimizer is not prepared.
 
     Example:
         >>> import torch
@@ -56,15 +59,17 @@ def prepare_sparsifier(
         >>> prepare_sparsifier(accelerator, model, optimizer, Static(sparsity=0.5)).sparsity
         0.5
     """
-    if not isinstance(optimizer, AcceleratedOptimizer):
-        raise TypeError(
-            f"got a {type(optimizer).__name__} that is not prepared; call model, optimizer = "
-            "accelerator.prepare(model, optimizer) first and give what it returns"
+    prepared = any(unwrap(model) is unwrap(one) for one in accelerator._models)
+    if not (prepared and isinstance(optimizer, AcceleratedOptimizer)):
+        got = optimizer if prepared else model
+        raise ValueError(
+            f"got a {type(got).__name__} that is not prepared; call model, optimizer = accelerator.prepare(model, "
+            "optimizer) first and give what it returns"
         )
     sparsifier = Recipe(algorithm, options).make(model, optimizer)
-    count = _made.get(accelerator, 0)
-    _made[accelerator] = count + 1
-    name = STATE_FILE if count == 0 else f"_{count}".join(os.path.splitext(STATE_FILE))
+    made = _made.setdefault(accelerator, [])
+    _forget_freed(accelerator, made)
+    name = f"_{len(made)}".join(os.path.splitext(STATE_FILE)) if made else STATE_FILE
 
     def save(models: Any, weights: Any, folder: str) -> None:
         state = gathered_state(sparsifier)  # on every rank
@@ -75,6 +80,16 @@ def prepare_sparsifier(
     def load(models: Any, folder: str) -> None:
         sparsifier.load_state_dict(read_state(Path(folder) / name))
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    handles = accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)
+    made.append((sparsifier, handles))
     return sparsifier
+
+
+def _forget_freed(accelerator: Accelerator, made: list[tuple[Sparsifier, tuple[Any, ...]]]) -> None:
+    """Drop drivers of models that ``free_memory`` has let go: what is prepared next begins at the first file again."""
+    prepared = [unwrap(model) for model in accelerator._models]
+    for sparsifier, handles in list(made):
+        if not any(sparsifier.model is model for model in prepared):
+            made.remove((sparsifier, handles))
+            for handle in handles:
+                handle.remove()
