@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from resu.core.counting import positions
 from resu.core.mask import SparseMask
 from resu.core.sharding import is_sharded, local, part_of, shard_like, whole
 from resu.pruning.allocation import described
@@ -93,8 +94,9 @@ def load(driver: Sparsifier, state: Mapping[str, Any]) -> None:
     # give them back. If it was loaded since, the weights are the saved ones already.
     driver._give_back()
     driver.step = int(state["step"])
-    if driver.step > 0:
-        driver._unclear = {}  # done in the saved run
+    driver._unclear = {}  # done in the saved run, unless it had not begun
+    if driver.step == 0 and driver.algorithm.clears_state:
+        driver._unclear = {name: positions(mask.mask.logical_not()) for name, mask in found["masks"].items()}
     learning = driver.algorithm.learns_pruned and driver.algorithm.learning(driver.step)
     for name, one in held.items():
         weight, full = one.weight, one.layer.weight
