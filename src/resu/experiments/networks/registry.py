@@ -12,6 +12,9 @@ from torch import nn
 from resu.core.registry import Registry
 from resu.experiments.data import TrainingData
 from resu.experiments.models import CharGPT, LeNet5, ResNet, SmallConv, mlp
+from resu.experiments.networks.resnet50 import ResNet50
+from resu.experiments.networks.vit import VisionTransformer
+from resu.experiments.networks.wide_resnet import WideResNet
 
 __all__ = ["Network", "networks"]
 
@@ -81,10 +84,42 @@ for _depth in (20, 32, 56):
     _add(f"resnet{_depth}")(_resnet(_depth))
 
 
+@_add("wrn-22-2")
+def _wide_resnet(data: TrainingData, *, depth: int = 22, width: int = 2) -> nn.Module:
+    return WideResNet(depth, width, data.classes, _image(data, "wrn-22-2")[0])
+
+
+@_add("resnet50")
+def _resnet50(data: TrainingData) -> nn.Module:
+    return ResNet50(data.classes, _image(data, "resnet50")[0])
+
+
+@_add("vit-tiny", include=("blocks.*",))
+def _vit(
+    data: TrainingData,
+    *,
+    patch: int | None = None,
+    width: int = 192,
+    depth: int = 12,
+    heads: int = 3,
+    dropout: float = 0.0,
+) -> nn.Module:
+    channels, height, side = _image(data, "vit-tiny")
+    if height != side:
+        raise ValueError(f"model 'vit-tiny' is for square images; {data.name!r} is {height}x{side}")
+    _dropout(dropout)
+    patch = patch if patch is not None else (16 if side >= 128 else 4)
+    return VisionTransformer(side, patch, data.classes, channels, width, depth, heads, dropout)
+
+
+def _dropout(value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"model.dropout must lie in [0, 1), got {value}")
+
+
 @_add("gpt", include=("blocks.*",))
 def _gpt(data: TrainingData, *, width: int = 96, heads: int = 4, depth: int = 3, dropout: float = 0.0) -> nn.Module:
     if len(data.shape) != 1:
         raise ValueError(f"model 'gpt' is for texts; {data.name!r} holds images")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"model.dropout must lie in [0, 1), got {dropout}")
+    _dropout(dropout)
     return CharGPT(data.classes, data.shape[0], width, heads, depth, dropout)
