@@ -463,3 +463,33 @@ def test_a_second_driver_takes_over_after_commit() -> None:
     fit(model, optimizer, batches(3))
     assert second.step == 3
     assert sum(int((model.get_parameter(n) == 0).sum()) for n in second.masks) == 800
+
+
+def test_a_second_commit_changes_nothing() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, Static(sparsity=0.5))
+    masks = sparsifier.commit()
+    fit(model, optimizer, batches(3))
+    before = copy.deepcopy(model.state_dict())
+    assert sparsifier.commit() == masks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_optimizer_may_come_wrapped() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        """As accelerate's: an optimizer around another, without the hooks of its own."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = mlp()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, Wrapper(plain), Static(sparsity=0.5))
+    assert sparsifier.optimizer is plain
+    fit(model, plain, batches(3))
+    assert sparsifier.step == 3
+    zeros_are_exact(model, sparsifier)
+    with pytest.raises(TypeError, match=r"steps of a torch\.optim\.Optimizer, and object holds none"):
+        Sparsifier(mlp(), object(), Static(sparsity=0.5))  # type: ignore[arg-type]

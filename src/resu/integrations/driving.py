@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from resu.core.enforcement import is_held
 from resu.core.io import FileFormatError, replacing
 from resu.core.sharding import is_sharded, whole
 from resu.training.algorithms.base import Algorithm
 from resu.training.sparsifier import Sparsifier
+from resu.training.wrappers import plain_optimizer
 
 __all__ = [
     "STATE_FILE",
@@ -90,23 +89,6 @@ class Recipe:
         return Sparsifier(model, plain_optimizer(optimizer), algorithm, **self.options)
 
 
-def plain_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer of torch inside what accelerate or Lightning wrap around it.
-
-    Raises:
-        TypeError: If there is none, as where DeepSpeed steps by itself.
-    """
-    found = optimizer
-    while isinstance(inner := getattr(found, "optimizer", None), Optimizer):
-        found = inner
-    if not isinstance(found, Optimizer):
-        raise TypeError(
-            f"masks are enforced around the steps of a torch.optim.Optimizer, and {type(optimizer).__name__} holds "
-            "none; train in one process, with DDP or with FSDP2"
-        )
-    return found
-
-
 def sparsity_metrics(sparsifier: Sparsifier, prefix: str = "") -> dict[str, float]:
     """What to log of a driver: ``sparsity``; ``explored``, the share of positions that were ever active (R_s of ITOP,
     arXiv 2102.02887); and ``grown``, the number of positions that the last topology update grew.
@@ -128,7 +110,7 @@ def sparsity_metrics(sparsifier: Sparsifier, prefix: str = "") -> dict[str, floa
 
 def release(sparsifier: Sparsifier | None) -> None:
     """End a driver of an earlier run, unless it was committed: what it zeroed stays zero and is free to move."""
-    if sparsifier is not None and any(is_held(layer.weight) for layer in sparsifier.layers.values()):
+    if sparsifier is not None:
         sparsifier.commit()
 
 

@@ -28,7 +28,7 @@ from resu.training.closures import after_backward
 from resu.training.held_layer import HeldLayer
 from resu.training.observer import ratio_of_norms, squared_norms
 from resu.training.report import SparsityReport, make_report
-from resu.training.wrappers import unwrap
+from resu.training.wrappers import plain_optimizer, unwrap
 
 __all__ = ["Sparsifier"]
 
@@ -92,12 +92,13 @@ class Sparsifier:
         process_group: Any = None,
     ) -> None:
         self.model = unwrap(model)
-        self.optimizer = optimizer
+        self.optimizer = optimizer = plain_optimizer(optimizer)
         self.algorithm = algorithm
         self.pattern = get_pattern(pattern)
         self.distribution = distribution
         self.seed = seed
         self.step = 0
+        self._ended = False
         self.layers = select(self.model, include, exclude)
         self._agreement = Agreement(model, process_group)
         self._check()
@@ -396,15 +397,19 @@ class Sparsifier:
     def commit(self) -> dict[str, SparseMask]:
         """Make the present state the plain model: hooks and θ go, zeros stay zeros but are no longer held.
 
+        A second call changes nothing.
+
         Returns:
             The final masks.
         """
-        for held in self._held.values():
-            held.constraint.enforce()
-        self._release()
+        if not self._ended:
+            for held in self._held.values():
+                held.constraint.enforce()
+            self._release()
         return self.masks
 
     def _release(self) -> None:
+        self._ended = True
         for held in self._held.values():
             held.constraint.remove()
             held.theta = held.momentum = held.gradient = None
