@@ -102,7 +102,7 @@ def one_shot_global(plan: Plan) -> Setting:
 
 def _gradual(plan: Plan, distribution: str) -> Setting:
     begin, end = (0.0, 0.5) if plan.regime == "finetune" else (0.1, 0.6)
-    steps = {"begin_step": plan.at(begin), "end_step": plan.at(end), "interval": max(1, plan.steps // 100)}
+    steps: dict[str, Any] = {"begin_step": plan.at(begin), "end_step": plan.at(end), "interval": max(1, plan.steps // 100)}
     return _sparsifier("magnitude", plan, distribution, **steps)
 
 
@@ -186,7 +186,7 @@ def straight_through_global(plan: Plan) -> Setting:
 
 def _exchange(algorithm: str, plan: Plan, pattern: str | None = None, **options: Any) -> Setting:
     """Sparse from the first step (ERK): forty exchanges a run, the last at three quarters."""
-    steps = {"interval": max(1, plan.steps // 40), "end_step": plan.at(0.75)}
+    steps: dict[str, Any] = {"interval": max(1, plan.steps // 40), "end_step": plan.at(0.75)}
     init = "magnitude" if plan.regime == "finetune" else "random"
     return _sparsifier(algorithm, plan, pattern=pattern, **steps, init=init, **options)
 
@@ -244,7 +244,7 @@ def granet_global(plan: Plan) -> Setting:
 
 
 def _ac_dc(plan: Plan, distribution: str) -> Setting:
-    steps = {"begin_step": plan.at(0.1), "interval": max(1, plan.at(0.05)), "end_step": plan.at(0.8)}
+    steps: dict[str, Any] = {"begin_step": plan.at(0.1), "interval": max(1, plan.at(0.05)), "end_step": plan.at(0.8)}
     return _sparsifier("ac-dc", plan, distribution, **steps)
 
 
