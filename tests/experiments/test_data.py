@@ -25,6 +25,7 @@ from resu.experiments.data import (
     read_idx,
 )
 from resu.experiments.data.pickled import parse_pickle
+from resu.experiments.data.tokens import encode_words
 
 
 def idx(array, code=8):
@@ -404,3 +405,83 @@ def test_digits_of_scikit_learn():
     assert isinstance(data, Images)
     assert (len(data.train), len(data.val), len(data.test)) == (1257, 180, 360)
     assert data.train.x.max() == 16
+
+
+# -- words, and texts in several files -----------------------------------------------------------------
+
+
+def test_words_are_counted_in_the_training_part_alone():
+    numbers, words = encode_words(["b a b <unk> c\nc b d\n", "a d\n", "e c"], vocabulary=4)
+    assert words == ("<unk>", "b", "c", "<eos>")  # three times, twice, twice; c comes before <eos>
+    assert [part.tolist() for part in numbers] == [[1, 0, 1, 0, 2, 3, 2, 1, 0, 3], [0, 0, 3], [0, 2]]
+    with pytest.raises(DataError, match="vocabulary must be at least 2"):
+        encode_words(["a"], vocabulary=1)
+
+
+def text_folder(path, **parts):
+    path.mkdir()
+    for name, text in parts.items():
+        (path / f"my.{name}.txt").write_text(text)
+    return path
+
+
+def test_a_text_folder_has_a_file_for_each_part(tmp_path):
+    folder = text_folder(tmp_path / "poems", train="ab" * 50, valid="ba" * 20, test="bc" * 20)
+    data = load("text", folder, context=4)
+    assert (data.name, data.symbols, data.context, data.shape) == ("poems", "abc", 4, (4,))
+    assert data.train.tolist() == [0, 1] * 50
+    assert data.val.tolist() == [1, 0] * 20
+    assert data.test.tolist() == [1, 2] * 20
+    # All of it but the last window, after which no symbol comes.
+    assert torch.cat([x for x, _ in data.evaluation("test")]).flatten().tolist() == [1, 2] * 18
+    folder = text_folder(tmp_path / "w", train="a b " * 50, dev="b a " * 20, test="c a " * 20)
+    words = load("text", folder, level="word", context=4)
+    assert words.symbols == ("<unk>", "a", "b")
+    assert words.test.tolist() == [0, 1] * 20
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (
+            {"train": "a", "test": "b"},
+            "needs one text file with valid or val or dev in its name, got 0 among my.test.txt",
+        ),
+        ({"train": "a", "valid": "b", "dev": "b", "test": "c"}, "got 2 among"),
+        ({"train": "ab" * 99, "valid": "b", "test": "ab" * 99}, "the val part of .* has 1 symbols; a window needs 65"),
+        ({}, "among no text files"),
+    ],
+)
+def test_what_is_wrong_with_a_text_folder_is_said(tmp_path, parts, said):
+    with pytest.raises(DataError, match=said):
+        load("text", text_folder(tmp_path / "t", **parts))
+
+
+def test_a_text_needs_a_place(tmp_path):
+    with pytest.raises(DataError, match=r"needs data\.dir"):
+        load("text")
+    with pytest.raises(DataError, match="it is neither a file nor a folder"):
+        load("text", tmp_path / "none")
+    with pytest.raises(DataError, match=r"context must be at least 1"):
+        load("text", text_folder(tmp_path / "t", train="a", valid="a", test="a"), context=0)
+
+
+def test_real_war_and_peace(data_folder):
+    data = load("war-and-peace", data_folder("war_and_peace"))
+    assert (len(data.symbols), data.symbols[0]) == (10_000, "<unk>")
+    counts = torch.bincount(data.train, minlength=10_000)
+    assert counts[1:].diff().max() <= 0, "the vocabulary is in the order of frequency"
+    with lzma.open(data_folder("war_and_peace") / "wap.test.txt.xz", "rt", encoding="utf-8") as file:
+        words = file.read().replace("\n", " <eos> ").split()
+    assert len(data.test) == len(words)
+    spelled = [data.symbols[number] for number in data.test[:2000].tolist()]
+    assert all(a in (b, "<unk>") for a, b in zip(spelled, words, strict=False))
+    assert 0.02 < float((data.test == 0).float().mean()) < 0.12
+
+
+def test_real_wikitext_has_the_standard_counts(data_folder):
+    folder = data_folder("wikitext2_valid_test_only")
+    data = load("text", folder / "test.txt.xz", level="word")
+    assert sum(len(part) for part in (data.train, data.val, data.test)) == pytest.approx(245_569, abs=4)  # cut twice
+    with pytest.raises(DataError, match="with train in its name, got 0"):
+        load("text", folder, level="word")

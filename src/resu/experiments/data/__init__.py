@@ -7,6 +7,7 @@ from resu.experiments.data.cifar import load_cifar10, read_cifar_binary, read_ci
 from resu.experiments.data.dataset import Batch, Dataset, Images, Part, Split, Text, TrainingData
 from resu.experiments.data.folder import DataError, find_folder
 from resu.experiments.data.idx import load_fashion_mnist, read_idx
+from resu.experiments.data.image_folder import ImageFolder, load_image_folder, load_imagenet
 from resu.experiments.data.sources import datasets, load
 from resu.experiments.data.text import load_text, load_tinyshakespeare, load_war_and_peace
 
@@ -14,6 +15,7 @@ __all__ = [
     "Batch",
     "DataError",
     "Dataset",
+    "ImageFolder",
     "Images",
     "Part",
     "Split",
@@ -24,6 +26,8 @@ __all__ = [
     "load",
     "load_cifar10",
     "load_fashion_mnist",
+    "load_image_folder",
+    "load_imagenet",
     "load_text",
     "load_tinyshakespeare",
     "load_war_and_peace",

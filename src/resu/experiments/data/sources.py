@@ -13,6 +13,7 @@ from resu.experiments.data.cifar import load_cifar10
 from resu.experiments.data.dataset import Images, Split, TrainingData, shuffled_split
 from resu.experiments.data.folder import DataError
 from resu.experiments.data.idx import load_fashion_mnist
+from resu.experiments.data.image_folder import load_image_folder, load_imagenet
 from resu.experiments.data.text import load_text_folder, load_tinyshakespeare, load_war_and_peace
 
 __all__ = ["datasets", "load", "load_digits"]
@@ -24,6 +25,8 @@ datasets.register("cifar10")(load_cifar10)
 datasets.register("tinyshakespeare")(load_tinyshakespeare)
 datasets.register("war-and-peace")(load_war_and_peace)
 datasets.register("text")(load_text_folder)
+datasets.register("imagenet")(load_imagenet)
+datasets.register("image-folder")(load_image_folder)
 
 
 @datasets.register("digits")

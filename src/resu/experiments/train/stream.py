@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -40,10 +41,21 @@ def stream(data: TrainingData, config: Config, first: int, ranks: Ranks) -> Iter
         )
     # Asked for here and not at the first batch, so that a batch that is too large is found at once.
     places = data.places(_seed(config), config.batch_size)
-    return (
+    batches = (
         [data.take(*piece) for piece in pieces]
         for pieces in _pieces(itertools.islice(places, first, None), config, first, ranks)
     )
+    return _ahead(batches) if getattr(data, "workers", 0) else batches
+
+
+def _ahead(batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    """The same batches, each read while the one before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches)
+        while True:
+            batch = coming.result()
+            coming = pool.submit(next, batches)
+            yield batch
 
 
 def _seed(config: Config) -> int:
