@@ -4,9 +4,9 @@ A :class:`Constraint` names, for one parameter, the positions that training must
 ones, which stay exactly +0.0 (``kind="zero"``), or the active ones, which stay bit-identical
 (``kind="frozen"``). It acts at two places and nowhere else:
 
-* a hook on the parameter zeroes the gradient there as soon as it is accumulated (set, not multiplied: NaN
-  does not survive). It edits ``.grad`` in place: a tensor hook would have to return a second gradient-sized
-  tensor;
+* a hook on the parameter has the gradient zeroed there at the end of the backward pass that accumulated it (set,
+  not multiplied: NaN does not survive), or at once where anything may look at it before. It edits ``.grad`` in
+  place: a tensor hook would have to return a second gradient-sized tensor;
 * after every step of *any* ``torch.optim.Optimizer`` that owns the parameter, the positions are put back.
 
 The second is needed because a zero gradient freezes nothing: momentum carried over from before and weight
@@ -15,10 +15,14 @@ decay still move a weight.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Variable
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -28,12 +32,14 @@ from torch.utils.hooks import RemovableHandle
 
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
-from resu.core.sharding import local
+from resu.core.sharding import is_sharded, local
 
 __all__ = ["Constraint", "GradientObserver", "is_held"]
 
 _live: weakref.WeakSet[Constraint] = weakref.WeakSet()
 _installed = False
+# By backward pass: whose gradients it has accumulated and are to be masked when it ends.
+_waiting: dict[int, list[Constraint]] = {}
 
 # With zero gradient, zero state and no weight decay these leave a weight bit-identical (w - lr * 0 = w).
 # Anything else is put back from a copy taken just before the step.
@@ -115,14 +121,35 @@ class Constraint:
 
     def _watch(self, parameter: Tensor) -> None:
         if self._hook is None and parameter.requires_grad:
-            self._hook = parameter.register_post_accumulate_grad_hook(self._mask_gradient)
+            self._hook = parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        """A gradient has come in: mask it with the others of this backward pass, or now.
+
+        Between the large operations of a backward pass everything else has left the processor's caches, and the few
+        small ones here would take several times as long as they do in a row at its end.
+        """
+        if not (self.mask_gradient or self.observer):
+            return
+        task = torch._C._current_graph_task_id()  # -1: no backward pass of autograd's own
+        # Processes that train together exchange gradients before it ends; another hook may look at this one.
+        others = len(parameter._post_accumulate_grad_hooks) > 1
+        if task < 0 or others or (dist.is_available() and dist.is_initialized()):
+            self._mask_gradient(parameter)
+            return
+        waiting = _waiting.setdefault(task, [])
+        if not waiting:
+            Variable._execution_engine.queue_callback(functools.partial(_mask_waiting, task))
+        waiting.append(self)
 
     def _mask_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is None or not (self.mask_gradient or self.observer):
+        grad = parameter.grad
+        if grad is None or not (self.mask_gradient or self.observer):
             return
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.to_dense()
-        grad = local(parameter.grad)
+        if grad.is_sparse:
+            grad = parameter.grad = grad.to_dense()
+        if is_sharded(grad):
+            grad = local(grad)
         if self.observer is not None:
             self.observer.before(grad)
         if self.mask_gradient:
@@ -136,7 +163,7 @@ class Constraint:
         """Zero the pruned positions now (``kind="zero"``)."""
         parameter = self._parameter()
         if parameter is not None and self.kind == "zero":
-            here = local(parameter)
+            here = local(parameter) if is_sharded(parameter) else parameter
             self._follow(here)
             self.mask.apply_(here)
 
@@ -205,7 +232,16 @@ def _owned(optimizer: Optimizer) -> list[tuple[Constraint, dict[str, Any]]]:
     ]
 
 
+def _mask_waiting(task: int) -> None:
+    for constraint in _waiting.pop(task, ()):
+        parameter = constraint.parameter
+        if parameter is not None and constraint._hook is not None:
+            constraint._mask_gradient(parameter)
+
+
 def _pre_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for task in list(_waiting):  # a step within a backward pass, or one that has failed
+        _mask_waiting(task)
     for constraint, group in _owned(optimizer):
         constraint._before_step(optimizer, group)
 
