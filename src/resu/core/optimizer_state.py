@@ -56,6 +56,8 @@ def _editable(optimizer: Optimizer, parameter: Tensor, name: str, value: Tensor)
     """The tensor to write to, one element per weight, and what stands for 0 in it."""
     codes = getattr(value, "codes", None)
     if isinstance(codes, Tensor) and codes.shape == value.shape:  # torchao's 8-bit tensors
+        if codes.is_floating_point():  # float8, whose zero is the zero byte
+            return codes.view(torch.uint8), 0
         return codes, _code_of_zero(value.qmap)  # type: ignore[attr-defined]
     if value.is_floating_point() or value.is_complex():
         if codes is None:
