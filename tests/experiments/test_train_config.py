@@ -5,7 +5,9 @@ import math
 
 import pytest
 
+from resu.experiments.data import datasets
 from resu.experiments.methods import Plan, methods
+from resu.experiments.networks import networks
 from resu.experiments.tasks import tasks
 from resu.experiments.train import ConfigError, apply_settings, as_config, load_config
 from resu.experiments.train.config import Schedule
@@ -201,3 +203,10 @@ def test_the_shipped_configurations_are_configurations(repo):
     for file in files:
         if not file.name.startswith("sweep"):
             load_config(file)
+
+
+def test_the_page_names_every_data_set_and_model(repo):
+    page = (repo / "docs" / "train.md").read_text()
+    for name in (*datasets, *networks):
+        if not name.startswith("toy"):
+            assert f"`{name}`" in page, name

@@ -399,3 +399,28 @@ def test_decay_leaves_vectors_alone_where_told():
     groups = State(made, data, CPU).optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert [{p.ndim for p in group["params"]} for group in groups] == [{2}, {1}]
+
+
+def test_tensorboard_gets_the_figures_of_the_log(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    made = config(log={"every": 20, "evaluate_every": 60, "checkpoint_every": 50, "tensorboard": True})
+    with pytest.raises(ZeroDivisionError):
+        run(made, tmp_path / "a", on_event=lambda name, about: 1 / (about["step"] - 70) if name == "step" else None)
+    run(made, tmp_path / "a", resume=True)  # from step 50: what was written of step 60 is taken back
+    events = accumulator.EventAccumulator(str(tmp_path / "a" / "tensorboard"))
+    events.Reload()
+    rows = without_seconds(tmp_path / "a" / "log.csv")
+    for column, name in enumerate(rows[0][1:], start=1):
+        logged = {int(row[0]): float(row[column]) for row in rows[1:] if row[column]}
+        assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(logged, rel=1e-5), name
+        assert len(events.Scalars(name)) == len(logged)
+    assert set(logged) == {60, 120}
+
+
+def test_without_tensorboard_it_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    from resu.experiments.train import logs
+
+    monkeypatch.setattr(logs, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'pip install "resu-torch\[tensorboard\]"'):
+        run(config(log={"tensorboard": True}), tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -79,7 +79,9 @@ def check_tensorboard(wanted: bool) -> None:
         ConfigError: If it is.
     """
     if wanted and find_spec("tensorboard") is None:
-        raise ConfigError("log.tensorboard needs tensorboard: pip install tensorboard (log.csv has the same figures)")
+        raise ConfigError(
+            'log.tensorboard needs tensorboard: pip install "resu-torch[tensorboard]" (log.csv has the same figures)'
+        )
 
 
 def _writer(folder: Path, step: int) -> Any:
