@@ -92,6 +92,7 @@ class Constraint:
         self.gradient_mask: SparseMask | None = None
         self.observer: GradientObserver | None = None
         self._before: Tensor | None = None
+        self._zeroed: tuple[SparseMask, int] | None = None
         self._cleared: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook: RemovableHandle | None = None
         self._watch(parameter)
@@ -167,6 +168,17 @@ class Constraint:
             self._follow(here)
             self.mask.apply_(here)
 
+    def take_pruned(self) -> Tensor:
+        """As :meth:`enforce`; returns what was at pruned positions, and 0 elsewhere (``kind="zero"``)."""
+        parameter = self._parameter()
+        assert parameter is not None
+        here = local(parameter)
+        self._follow(here)
+        taken = self.mask.take_pruned_(here)
+        if here is parameter:  # the count of writes of another view tells nothing
+            self._zeroed = self.mask, here._version
+        return taken
+
     def remove(self) -> None:
         """Let go of the parameter: no hook, no copy, no enforcement."""
         if self._hook is not None:
@@ -183,6 +195,7 @@ class Constraint:
     def _before_step(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
         parameter = self._parameter()
         assert parameter is not None
+        self._zeroed = None
         if self._hook is None and parameter.requires_grad:  # it did not require a gradient before
             self._watch(parameter)
             self._mask_gradient(parameter)
@@ -198,7 +211,9 @@ class Constraint:
         parameter = self._parameter()
         assert parameter is not None
         if self.kind == "zero":
-            self.enforce()
+            # Not a second time where this step has done it already and nobody has written since.
+            if self._zeroed != (self.mask, parameter._version):
+                self.enforce()
         elif self._before is not None:
             self.mask.restore_(local(parameter), self._before)
             self._before = None

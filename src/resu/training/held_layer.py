@@ -87,6 +87,11 @@ class HeldLayer:
         """Whether the dense gradient of the coming step is caught."""
         self.constraint.observer = self._observer if wanted else None
 
+    @property
+    def replaced(self) -> bool:
+        """Whether the model has another parameter in this place than when this was made."""
+        return self.layer.module._parameters.get(self.layer.attribute) is not self.constraint.parameter
+
     def count_work(self) -> None:
         """Add the step just done to the counters."""
         self.forward_work += self.keep
@@ -127,12 +132,10 @@ class HeldLayer:
         weight = self.weight
         if (self.theta.dtype, self.theta.device) != (weight.dtype, weight.device):  # model.to(…) since the last step
             self.theta = self.theta.to(weight.device, weight.dtype)
-        update = weight.clone()
-        self.constraint.mask.zero_(update, active=True)
+        update = self.constraint.take_pruned()
         if self.reach is not None:  # momentum moves also what gets no gradient any more
             self.reach.zero_(update, active=False)
         self.theta.add_(update, alpha=gamma)
-        self.constraint.enforce()
 
     @torch.no_grad()
     def set_reach(self, reach: Tensor | None, optimizer: Optimizer) -> None:

@@ -179,7 +179,7 @@ class Sparsifier:
             clear_state(optimizer, self.layers[name].weight, where)
         self._unclear = {}
         for name, held in self._held.items():
-            if held.constraint.parameter is not held.layer.weight:
+            if held.replaced:
                 raise RuntimeError(
                     f"{name!r} is another parameter than when the Sparsifier was made (fully_shard, a parametrization "
                     "or load_state_dict(assign=True) replaces parameters); make the Sparsifier after that"
@@ -190,6 +190,8 @@ class Sparsifier:
         return after_backward(args, kwargs, self._after_backward)
 
     def _after_backward(self) -> None:
+        if not self._looks:
+            return
         # Fused optimizers unscale inside their own step, and say here by how much; for others it is done already.
         scale = getattr(self.optimizer, "grad_scale", None)
         for held in self._held.values():
@@ -266,7 +268,9 @@ class Sparsifier:
         rule = self.algorithm
         learning = rule.learns_pruned and rule.learning(self.step)
         remembers = rule.gradient_memory is not None and (rule.end_step is None or self.step < rule.end_step)
-        watched = remembers or (rule.gradient == "dense" and rule.due(self.step + 1))
+        due = rule.gradient != "none" and rule.due(self.step + 1)
+        watched = remembers or (due and rule.gradient == "dense")
+        self._looks = watched or due or (learning and type(rule).penalty is not Algorithm.penalty)
         for held in self._held.values():
             if learning and held.theta is None:
                 held.theta = torch.zeros_like(held.weight)
