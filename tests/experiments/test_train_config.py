@@ -163,7 +163,7 @@ def test_the_method_s_place_can_be_changed():
     setting = setting_of(made.method, Plan(0.5, 10, "scratch"))
     assert (setting.distribution, setting.pattern) == ("uniform", "2:4")
     made = config(method={"name": "set", "sparsity": 0.5, "distribution": {"1.*": 0.9}})
-    assert setting_of(made.method, Plan(0.5, 10, "scratch")).distribution == {"1.*": 0.9}
+    assert setting_of(made.method, Plan(0.5, 10, "scratch")).distribution == "1.*=0.9"
 
 
 def test_dense_has_no_sparsity_whatever_a_grid_says():

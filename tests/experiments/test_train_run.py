@@ -19,6 +19,7 @@ from resu.experiments.tasks import evaluate as plain_evaluate
 from resu.experiments.tasks import tasks
 from resu.experiments.train import ConfigError, Interrupted, as_config, read_result, run
 from resu.experiments.train.evaluation import evaluate
+from resu.experiments.train.methods import method_names
 from resu.experiments.train.placement import Placement
 from resu.experiments.train.state import State
 from resu.experiments.train.stream import stream
@@ -311,6 +312,40 @@ def test_fine_tuning_starts_from_the_trained_network_of_the_seed(finished, tmp_p
     state = State(made, tasks["digits"].dataset(), CPU)
     trained = load_file(folder / "model.safetensors")
     assert all(value.equal(trained[name]) for name, value in state.model.state_dict().items() if "bias" in name)
+
+
+# -- every method --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_ends_exact_and_goes_on_bit_for_bit(name, tmp_path):
+    short = {"model": {"name": "mlp", "hidden": [32]}, "batch_size": 32, "steps": 24}
+    made = config(method={"name": name, "sparsity": 0.8}, log={"every": 6, "checkpoint_every": 9}, **short)
+    result = run(made, tmp_path / "whole")
+    assert result.exact
+    assert result.actual_sparsity == pytest.approx(0.0 if name == "dense" else 0.8, abs=1e-3)
+    assert 0 < result.training_flops <= 1
+    assert result.inference_flops == pytest.approx(1.0 if name == "dense" else 0.2, abs=1e-3)
+    with pytest.raises(ZeroDivisionError):
+        run(made, tmp_path / "stopped", on_event=lambda event, about: 1 / (about["step"] - 14))
+    run(made, tmp_path / "stopped", resume=True)
+    same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_patterns_and_distributions_reach_the_weights(tmp_path):
+    made = config(method={"name": "sr-ste", "sparsity": 0.5, "pattern": "2:4"}, steps=10)
+    assert run(made, tmp_path / "nm").exact
+    for mask in read_masks(tmp_path / "nm" / "masks.safetensors")[0].values():
+        assert set(mask.mask.view(-1, 4).sum(1).tolist()) == {2}
+    made = config(method={"name": "set", "sparsity": 0.9, "distribution": {"1.*": 0.9, "3.*": 0.5}}, steps=10)
+    result = run(made, tmp_path / "globs")
+    masks = read_masks(tmp_path / "globs" / "masks.safetensors")[0]
+    assert {name: mask.n_pruned / mask.numel for name, mask in masks.items()} == {
+        "1.weight": pytest.approx(0.9, abs=1e-3),
+        "3.weight": 0.5,
+        "5.weight": 0.0,
+    }
+    assert "1.*=0.9,3.*=0.5" in result.settings
 
 
 # -- parts ---------------------------------------------------------------------------------------------

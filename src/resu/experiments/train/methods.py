@@ -51,6 +51,13 @@ def check_method(name: str, options: Mapping[str, Any], fields: Iterable[str] = 
     return check_options(algorithms[setting.algorithm], options, "method", fields, ["sparsity"])
 
 
+def _described(distribution: str | Mapping[str, float]) -> str:
+    """A distribution as settings tell it: plain text."""
+    if isinstance(distribution, str):
+        return distribution
+    return ",".join(f"{glob}={sparsity:g}" for glob, sparsity in distribution.items())
+
+
 def setting_of(method: Any, plan: Plan) -> Setting:
     """What a method does in one run: its preset for the plan, and over that what the configuration says.
 
@@ -61,7 +68,7 @@ def setting_of(method: Any, plan: Plan) -> Setting:
     setting = _preset(method.name, plan)
     changed: dict[str, Any] = {"options": {**setting.options, **method.options}}
     if method.distribution is not None:
-        changed["distribution"] = method.distribution
+        changed["distribution"] = _described(method.distribution)
     if method.pattern is not None:
         changed["pattern"] = method.pattern
     return replace(setting, **changed)

@@ -68,7 +68,7 @@ class State:
             self.optimizer,
             algorithms[self.setting.algorithm](**self.setting.options),
             pattern=self.setting.pattern,
-            distribution=self.setting.distribution,
+            distribution=self.setting.distribution if method.distribution is None else method.distribution,
             include=include,
             exclude=method.exclude,
             seed=self.config.seed,
