@@ -36,8 +36,8 @@ class View:
         step: Optimizer steps done.
         theta: Values at pruned positions (0 at active ones), for rules with ``learns_pruned``.
         gradient: For rules that ask for it (``Algorithm.gradient``), of the step just done: ``∂L/∂(M⊙W)`` at every
-            position, fp32, summed over the micro-batches and averaged over ranks; or, at active positions, what the
-            optimizer was given. None before the first step.
+            position, fp32, summed over the micro-batches, averaged over ranks, on the scale of what the optimizer was
+            given (unscaled, clipped); or what the optimizer was given, at active positions. None before the first step.
         momentum: Exponential mean of the dense gradients, for rules with ``gradient_memory``.
     """
 

@@ -115,7 +115,7 @@ def drop_and_grow(view: View, rank: Tensor, growth: Tensor, survive: int) -> Ten
     What is grown is chosen among all positions that were not kept, the ones just dropped among them (as in the
     reference code of RigL): such a position stays as it was, with its value. Single weights are dropped over the whole
     layer and grown where the pattern has room (in their row, in their group); blocks and channels are dropped and grown
-    whole.
+    whole, those that ``survive`` positions fill staying (rounded down, at least one).
 
     Args:
         view: The layer; ``view.keep`` positions are active afterwards, as the pattern can count them.

@@ -35,9 +35,9 @@ class RigL(Algorithm):
 
     Cost: that of masked training on dense hardware; the gradient is kept in fp32 (4 bytes per weight) for one step per
     interval. Fails: grown weights start at 0 with a large gradient and may fall out again before they have grown: with
-    short intervals nothing new survives. Differs from the authors' code: the step before an update is done and not
-    skipped, so weights are dropped after it; Adam's moments of grown weights are zeroed as SGD's are. The paper's
-    uniform distribution leaves the first layer dense: exclude it by name.
+    short intervals nothing new survives. Differs from the authors' code: the step before an update is done and
+    not skipped, so weights are dropped after it; no noise is added to |w|; state of dropped weights is zeroed too, not
+    of grown ones alone. The paper's uniform distribution leaves the first layer dense: exclude it by name.
 
     Args:
         alpha: Fraction of active weights dropped at the first update.

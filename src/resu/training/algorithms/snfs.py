@@ -39,7 +39,7 @@ class SNFS(Algorithm):
 
     Cost: a dense gradient and a mean over them at every step (8 bytes per weight): training is not sparse. Fails: ranks
     layers by the scale of their gradients, which normalization layers distort. Differs from the authors' code: the
-    momentum is the driver's own, whatever the optimizer (theirs reads SGD's momentum or Adam's first moment); f falls
+    momentum is the driver's own, whatever the optimizer (theirs reads SGD's buffer or Adam's m/√v); f falls
     along a cosine to 0 at ``end_step``; counts are exact.
 
     Args:

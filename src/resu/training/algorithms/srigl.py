@@ -37,10 +37,11 @@ class SRigL(Algorithm):
     salient weights loses all its weights, and its share goes to the others. Each row is then filled up to the fan-in by
     gradient.
 
-    Cost: as RigL. The constant fan-in is what condensed kernels want. Fails: at low sparsity ablation narrows layers
-    that need their width; 0 turns it off. Differs from the authors' code: where the budget does not divide evenly the
-    first rows hold one weight more, so that the layer's count is exact; a neuron whose survivors exceed the fan-in
-    drops its smallest ones too.
+    Cost: as RigL. The constant fan-in is what condensed kernels want. Fails: on output layers, whose neurons
+    are classes (exclude them, as the authors' code does); at low sparsity ablation narrows layers that need their
+    width; 0 turns it off. Differs from the authors' code: where the budget does not divide evenly the first rows hold
+    one weight more, so that the layer's count is exact; salient by gradient are pruned positions alone, as in the
+    paper; what is lost with a neuron is grown by gradient elsewhere, not kept by weaker weights.
 
     Args:
         alpha: Fraction of active weights dropped at the first update.
