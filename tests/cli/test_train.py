@@ -16,6 +16,9 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
 from resu.core.mask_files import read_masks
+from resu.experiments.data import sources
+from resu.experiments.models import ResNet
+from resu.experiments.tasks import evaluate
 from resu.experiments.train import load_config, read_result
 from resu.experiments.train.typed import plain
 
@@ -241,3 +244,47 @@ def test_several_processes_are_refused_where_they_are_not_wanted(refused, config
     said = refused("train", config, "--set", "compute.parallel=none", "--out", tmp_path / "run")
     assert "compute.parallel is none, and 2 processes were started" in said
     assert not (tmp_path / "run").exists()
+
+
+# Coloured images of 8x8, for networks with norms over a batch.
+TOY = """
+import torch
+from resu.cli.main import main
+from resu.experiments.data import Images, Split, sources
+
+def images(directory=None):
+    generator = torch.Generator().manual_seed(0)
+    def split(count):
+        y = torch.randint(2, (count,), generator=generator)
+        x = 200 * torch.rand(count, 3, 8, 8, generator=generator) + 12 * y.view(-1, 1, 1, 1)
+        return Split(x.to(torch.uint8), y)
+    return Images("toy", split(200), split(300), split(701), 2, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+sources.datasets.register("toy")(images)
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_network_that_they_save(tmp_path):
+    """Norms over a batch see another slice in each process, and each measures a part: it must be of one network."""
+    (tmp_path / "toy_script.py").write_text(TOY)
+    values = {
+        **{"data": {"name": "toy", "augment": True}, "model": "resnet20", "batch_size": 20, "steps": 20},
+        **{"method": {"name": "set", "sparsity": 0.5}, "optimizer": {"name": "sgd", "lr": 0.05}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    args = ("train", tmp_path / "config.json", "--out", tmp_path / "run")
+    done = call(tmp_path / "toy_script.py", *args, processes=2)
+    assert done.returncode == 0, done.stderr
+    namespace = {"__name__": "toy"}
+    try:
+        exec(TOY, namespace)
+        data = namespace["images"]()
+    finally:
+        del sources.datasets._items["toy"]
+    model = ResNet(20, 2)
+    model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    result = read_result(tmp_path / "run" / "result.json")
+    assert (result.val, result.test) == tuple(round(evaluate(model, data, p, "accuracy"), 5) for p in ("val", "test"))

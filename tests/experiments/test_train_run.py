@@ -270,7 +270,7 @@ def test_a_taken_folder_is_left_alone_unless_told(finished, tmp_path):
 def test_how_it_is_computed_may_change_when_it_goes_on(tmp_path):
     with pytest.raises(Interrupted):
         run(config(), tmp_path / "a", on_event=stop_after(5))
-    other = config(log={"every": 7}, compute={"threads": 2})
+    other = config(log={"every": 7}, compute={"threads": 1, "channels_last": True})
     assert run(other, tmp_path / "a", resume=True).steps == 120
 
 

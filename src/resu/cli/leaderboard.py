@@ -40,11 +40,12 @@ def command(
     if out is not None:
         _write(out, found, results, force)
     if as_json:
-        tables = [{"title": board.title, "recipe": board.recipe, "lines": map(asdict, lines(board))} for board in found]
-        document = [{**table, "lines": list(table["lines"])} for table in tables]
-        print_json(
-            {"runs": len(results), "unfinished": left, "tables": document, "out": None if out is None else str(out)}
-        )
+        tables = [
+            {"title": board.title, "recipe": board.recipe, "lines": [asdict(line) for line in lines(board)]}
+            for board in found
+        ]
+        where = None if out is None else str(out)
+        print_json({"runs": len(results), "unfinished": left, "tables": tables, "out": where})
         return
     _tell(found, left, out)
 

@@ -29,6 +29,7 @@ def higher_is_better(metric: str) -> bool:
 @torch.no_grad()
 def evaluate(model: nn.Module, data: TrainingData, part: Part, placement: Placement) -> float:
     """The metric of ``data`` over a whole part, to which each process adds its share; the model is left in its mode."""
+    placement.share_buffers(model)
     training = model.training
     model.eval()
     metric = metric_of(data)

@@ -81,12 +81,9 @@ def run(
         claim(out, config, resume, placement.ranks)
         on_event("start", {"step": state.step, "steps": state.steps, "setting": str(state.setting)})
         logs = Logs(out, state.step, config.log.tensorboard, placement.ranks.rank == 0)
-        try:
-            with watched(placement, state):
-                _train(state, data, batches, out, logs, on_event)
-        finally:
-            logs.close()
-        return finish(state, data, out)
+        with contextlib.closing(logs), watched(placement, state):
+            _train(state, data, batches, out, logs, on_event)
+            return finish(state, data, out)
 
 
 def _train(

@@ -59,6 +59,12 @@ class Placement:
         torch.distributed.all_reduce(moved)
         return moved.to(values.device)
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the buffers of the first: norms over a batch have seen another slice in each."""
+        if self.ranks.world > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
 
 @contextlib.contextmanager
 def placed(compute: Compute) -> Iterator[Placement]:
