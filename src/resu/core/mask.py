@@ -310,15 +310,16 @@ class SparseMask:
             (tensor([0., 2.]), tensor([1., 0.]))
         """
         self._check(x)
-        taken = x.detach().clone()
         if not _wordwise(x):
+            taken = self.zero_(x.detach().clone(), active=True)
             self.zero_(x, active=False)
-            return self.zero_(taken, active=True)
+            return taken
+        taken = torch.empty_like(x, requires_grad=False)
         words, out = self._words(x), self._words(taken)
+        bitwise_and: Any = torch.bitwise_and if self._by_torch() else np.bitwise_and
         for rows, ones in self._chunks(active=False):
-            part, moved = words[rows], out[rows]
-            moved &= ones
-            part ^= moved
+            part = words[rows]
+            part ^= bitwise_and(part, ones, out=out[rows])
         increment_version(x)
         return taken
 

@@ -129,10 +129,9 @@ class HeldLayer:
     def absorb(self, gamma: float) -> None:
         """θ += γ·Δ: take what the optimizer did at pruned positions out of the weight."""
         assert self.theta is not None
-        weight = self.weight
-        if (self.theta.dtype, self.theta.device) != (weight.dtype, weight.device):  # model.to(…) since the last step
-            self.theta = self.theta.to(weight.device, weight.dtype)
         update = self.constraint.take_pruned()
+        if (self.theta.dtype, self.theta.device) != (update.dtype, update.device):  # model.to(…) since the last step
+            self.theta = self.theta.to(update.device, update.dtype)
         if self.reach is not None:  # momentum moves also what gets no gradient any more
             self.reach.zero_(update, active=False)
         self.theta.add_(update, alpha=gamma)
