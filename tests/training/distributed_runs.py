@@ -239,6 +239,7 @@ def _start(
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for function, arguments in jobs:
         function(rank, folder, *arguments)
+    dist.barrier()  # a rank that tears its group down while another still uses it may abort that one
     dist.destroy_process_group()
 
 
