@@ -23,7 +23,7 @@ from resu.experiments.data import DataError, Dataset
 from resu.experiments.leaderboard import append_row, read_rows
 from resu.experiments.methods import methods
 from resu.experiments.recipes import Row, dense_start, plan_key, run
-from resu.experiments.render import ORDER, render, summarize
+from resu.experiments.render import ORDER, SPARSE_TRAINING, render, summarize
 from resu.experiments.tasks import Regime, Task, tasks
 
 __all__ = ["main"]
@@ -164,7 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", default="mlp", choices=list(tasks))
     parser.add_argument("--regime", default="finetune", choices=["scratch", "finetune"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9, 0.95, 0.98])
-    parser.add_argument("--methods", nargs="+", default=list(ORDER), metavar="METHOD", help=", ".join(methods))
+    usual = [name for name in ORDER if name not in SPARSE_TRAINING]
+    parser.add_argument("--methods", nargs="+", default=usual, metavar="METHOD", help=", ".join(methods))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--data-dir", help="folder of the data (default: RESU_DATA)")

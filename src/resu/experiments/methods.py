@@ -102,7 +102,11 @@ def one_shot_global(plan: Plan) -> Setting:
 
 def _gradual(plan: Plan, distribution: str) -> Setting:
     begin, end = (0.0, 0.5) if plan.regime == "finetune" else (0.1, 0.6)
-    steps: dict[str, Any] = {"begin_step": plan.at(begin), "end_step": plan.at(end), "interval": max(1, plan.steps // 100)}
+    steps: dict[str, Any] = {
+        "begin_step": plan.at(begin),
+        "end_step": plan.at(end),
+        "interval": max(1, plan.steps // 100),
+    }
     return _sparsifier("magnitude", plan, distribution, **steps)
 
 

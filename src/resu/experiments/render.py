@@ -9,10 +9,16 @@ from resu.experiments.leaderboard import Cell, Table, markdown, plot, read_rows,
 from resu.experiments.methods import methods
 from resu.experiments.recipes import Row
 
-__all__ = ["BEGIN", "END", "ORDER", "around_marks", "render", "summarize", "write_page"]
+__all__ = ["BEGIN", "END", "ORDER", "SPARSE_TRAINING", "around_marks", "render", "summarize", "write_page"]
+
+SPARSE_TRAINING = (
+    *("set", "mest", "mest-soft", "rigl", "srigl", "snfs", "granet", "granet-global", "ac-dc", "ac-dc-global"),
+    *("top-kast", "top-kast-global", "ste", "ste-global", "sr-ste"),
+)
+"""What ``resu leaderboard`` compares beside those of the honest question."""
 
 ORDER = (
-    *("dense", "static", "one-shot", "one-shot-global", "gradual", "gradual-global"),
+    *("dense", "static", "one-shot", "one-shot-global", "gradual", "gradual-global", *SPARSE_TRAINING),
     *("feedback", "straight-through", "straight-through-global"),
     *("inline", "inline-tail", "qresu", "qresu-selective", "dormant-0.3"),
     *("resu-every-16", "resu-every-2", "resu-gamma-3", "resu", "resu-global"),
