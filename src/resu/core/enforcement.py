@@ -36,7 +36,8 @@ from resu.core.sharding import is_sharded, local
 
 __all__ = ["Constraint", "GradientObserver", "is_held"]
 
-_live: weakref.WeakSet[Constraint] = weakref.WeakSet()
+# By id of the parameter, so that a step looks at its own parameters alone, however many networks there are.
+_live: dict[int, list[weakref.ref[Constraint]]] = {}
 _installed = False
 # By backward pass: whose gradients it has accumulated and are to be masked when it ends.
 _waiting: dict[int, list[Constraint]] = {}
@@ -98,7 +99,8 @@ class Constraint:
         self._watch(parameter)
         self._mask_gradient(parameter)  # one accumulated before is not applied any more
         _install()
-        _live.add(self)
+        self._key = id(parameter)
+        _live.setdefault(self._key, []).append(weakref.ref(self, functools.partial(_forget, self._key)))
 
     @property
     def parameter(self) -> Tensor | None:
@@ -133,15 +135,16 @@ class Constraint:
         if not (self.mask_gradient or self.observer):
             return
         task = torch._C._current_graph_task_id()  # -1: no backward pass of autograd's own
-        # Processes that train together exchange gradients before it ends; another hook may look at this one.
-        others = len(parameter._post_accumulate_grad_hooks) > 1
-        if task < 0 or others or (dist.is_available() and dist.is_initialized()):
+        waiting = _waiting.get(task)
+        if len(parameter._post_accumulate_grad_hooks) > 1:  # another one may look at it
             self._mask_gradient(parameter)
-            return
-        waiting = _waiting.setdefault(task, [])
-        if not waiting:
+        elif waiting is not None:
+            waiting.append(self)
+        elif task < 0 or (dist.is_available() and dist.is_initialized()):  # a reducer takes it before the pass ends
+            self._mask_gradient(parameter)
+        else:
+            _waiting.setdefault(task, []).append(self)
             Variable._execution_engine.queue_callback(functools.partial(_mask_waiting, task))
-        waiting.append(self)
 
     def _mask_gradient(self, parameter: Tensor) -> None:
         grad = parameter.grad
@@ -185,7 +188,10 @@ class Constraint:
             self._hook.remove()
             self._hook = None
         self._before = self.observer = None
-        _live.discard(self)
+        for one in _live.get(self._key, ()):
+            if one() is self:
+                _forget(self._key, one)
+                break
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy constrains the copied parameter: copy and pickle keep the two together.
@@ -221,7 +227,22 @@ class Constraint:
 
 def is_held(parameter: Tensor, except_for: Constraint | None = None) -> bool:
     """Whether a live constraint (another than ``except_for``) holds positions of this parameter."""
-    return any(constraint.parameter is parameter for constraint in _live if constraint is not except_for)
+    return any(constraint is not except_for for constraint in _of(parameter))
+
+
+def _of(parameter: Tensor) -> list[Constraint]:
+    """The live constraints on a parameter."""
+    known = _live.get(id(parameter))
+    if known is None:
+        return []
+    found = [constraint for one in known if (constraint := one()) is not None]
+    return [constraint for constraint in found if constraint._parameter() is parameter]  # an id may be used again
+
+
+def _forget(key: int, one: weakref.ref[Constraint]) -> None:
+    known = [other for other in _live.pop(key, ()) if other is not one]
+    if known:
+        _live[key] = known
 
 
 def _keeps_bits(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -234,16 +255,8 @@ def _keeps_bits(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 def _owned(optimizer: Optimizer) -> list[tuple[Constraint, dict[str, Any]]]:
     if not _live:
         return []
-    live: dict[int, list[Constraint]] = {}
-    for constraint in _live:
-        parameter = constraint.parameter
-        if parameter is not None:
-            live.setdefault(id(parameter), []).append(constraint)
     return [
-        (constraint, group)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        for constraint in live.get(id(parameter), ())
+        (one, group) for group in optimizer.param_groups for p in group["params"] if id(p) in _live for one in _of(p)
     ]
 
 
