@@ -8,7 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resu.core.pattern import NM, Block, Channel, Unstructured, get_pattern
-from resu.training.algorithms import MEST, SET, SNFS, GraNet, RigL, SRigL, View
+from resu.training.algorithms import (
+    ACDC,
+    MEST,
+    RESU,
+    SET,
+    SNFS,
+    STE,
+    GraNet,
+    Magnitude,
+    RigL,
+    SRigL,
+    Static,
+    TopKAST,
+    View,
+)
 from resu.training.algorithms.drop_grow import drop_and_grow, drop_fraction, finite_growth, kept_through, moved_count
 
 
@@ -336,6 +350,36 @@ def test_rules_follow_their_formula_on_any_layer(name, data):
         growth = growth.float()
     expected = by_loops(view, size, growth, survive)
     assert set(new.flatten().nonzero().flatten().tolist()) == expected
+
+
+RANKING = {
+    "magnitude": Magnitude(sparsity=0.5),
+    "ac-dc": ACDC(sparsity=0.5, end_step=100),
+    "resu": RESU(sparsity=0.5, end_step=100),
+    "ste": STE(sparsity=0.5),
+    "top-kast": TopKAST(sparsity=0.5),
+    "static": Static(sparsity=0.5, init="magnitude"),
+}
+
+
+@pytest.mark.parametrize("name", RANKING)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_rules_that_rank_keep_the_largest(name, data):
+    """What is pruned counts with its θ where there is one; under gradual pruning it ranks below all that is active."""
+    view, _, growth, _ = data.draw(layers())
+    theta = growth.to(view.weight.dtype).masked_fill(view.mask, 0) if RANKING[name].learns_pruned else None
+    view = View(**{**view.__dict__, "theta": theta})
+    before = [*copied(view), *([] if theta is None else [theta.clone()])]
+    new = RANKING[name].update_mask(view, 0.5, view.step)
+    after = [*copied(view), *([] if theta is None else [view.theta])]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    score = view.weight.abs() if theta is None else view.weight.abs() + theta.abs()
+    if name == "magnitude":
+        score = score.masked_fill(~view.mask, -1.0)
+    expected = by_loops(view, score, score, 0)
+    assert set(new.flatten().nonzero().flatten().tolist()) == expected
+    assert view.pattern.violations(new) == 0
 
 
 @pytest.mark.parametrize("init", ["random", "magnitude"])
