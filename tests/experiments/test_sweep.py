@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from resu.experiments.sweep import plan, sweep
+from resu.experiments.sweep import plan, sweep, without
 from resu.experiments.train import ConfigError, read_result
 from resu.experiments.train.typed import plain
 
@@ -107,3 +107,14 @@ def test_the_command_lists_runs_and_says_what_is_wrong_in_one_line(tmp_path):
     done = call(tmp_path / "nowhere.json", "--out", tmp_path / "o")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+def test_what_has_a_row_is_not_run_again(tmp_path):
+    path = grid(tmp_path, grid={"method": ["dense", "static"], "method.sparsity": [0.5], "seed": [0, 1]})
+    sweep(plan(path)[:3], tmp_path / "runs")
+    rows = [read_result(file) for file in (tmp_path / "runs").rglob("result.json")]
+    assert [run.name for run in without(plan(path), rows)] == [plan(path)[3].name]
+    longer = grid(tmp_path, set={"steps": 30}, grid={"method": ["dense", "static"], "method.sparsity": [0.5]})
+    assert len(without(plan(longer), rows)) == 2
+    other = grid(tmp_path, set={"optimizer.lr": 0.5}, grid={"method": ["dense"]})
+    assert len(without(plan(other), rows)) == 1

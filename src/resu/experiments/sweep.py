@@ -2,7 +2,8 @@
 
 ``python -m resu.experiments.sweep GRID.yaml --out runs --jobs 2``. Each run is a process of its own with one thread and
 a folder of its own; a run that fails leaves ``error.txt`` there and stops no other. What is finished is not run again,
-and what was stopped goes on from its checkpoint: the same command again does the rest.
+and what was stopped goes on from its checkpoint: the same command again does the rest. Elsewhere ``--rows rows.csv``
+says what is there already, in the rows that ``resu leaderboard`` wrote.
 
 A grid file::
 
@@ -22,18 +23,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resu.experiments.train import Config, ConfigError, as_config
+from resu.experiments.rows import read
+from resu.experiments.train import Config, ConfigError, Result, as_config
 from resu.experiments.train.folder import RESULT
 from resu.experiments.train.reading import put, read_mapping
+from resu.experiments.train.result import recipe_of
 from resu.experiments.train.typed import coerce, plain, unknown_key
 
-__all__ = ["Planned", "plan", "sweep"]
+__all__ = ["Planned", "plan", "sweep", "without"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,25 @@ def _name(config: Config, grid: Mapping[str, Any]) -> str:
     return ",".join(parts).replace("/", "_").replace(" ", "") or "run"
 
 
+def without(runs: list[Planned], rows: Iterable[Result]) -> list[Planned]:
+    """The runs that have no row yet: of the same data, model, method, sparsity, seed, regime, length and recipe.
+
+    What a method did is not compared: remove rows of older settings to have them run again.
+    """
+    done = {(*_key(row), steps) for row in rows for steps in (row.steps, None)}  # None: given as epochs
+    return [run for run in runs if (*_key_of(run.config), run.config.steps) not in done]
+
+
+def _key(row: Result) -> tuple[object, ...]:
+    return row.data, row.model, row.method, row.sparsity, row.seed, row.regime, row.recipe
+
+
+def _key_of(config: Config) -> tuple[object, ...]:
+    method = config.method
+    name = method.label or method.name
+    return config.data.name, config.model.name, name, method.sparsity, config.seed, config.regime, recipe_of(config)
+
+
 def sweep(runs: list[Planned], out: str | Path, jobs: int = 1, threads: int = 1) -> dict[str, str]:
     """Carry out runs, ``jobs`` at a time, and print a line at the end of each.
 
@@ -159,10 +181,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs' folders")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--rows", type=Path, help="CSV of rows of runs that need not run again")
     parser.add_argument("--list", action="store_true", help="name the runs and leave")
     given = parser.parse_args()
     try:
         runs = plan(given.grid)
+        if given.rows is not None:
+            runs = without(runs, read(given.rows, Result))
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"sweep: {error}\n")
     if given.list:
