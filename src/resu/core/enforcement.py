@@ -90,6 +90,7 @@ class Constraint:
         self.mask = mask
         self.kind = kind
         self.mask_gradient = mask_gradient
+        self._sharded = is_sharded(parameter)
         self.gradient_mask: SparseMask | None = None
         self.observer: GradientObserver | None = None
         self._before: Tensor | None = None
@@ -152,7 +153,7 @@ class Constraint:
             return
         if grad.is_sparse:
             grad = parameter.grad = grad.to_dense()
-        if is_sharded(grad):
+        if self._sharded:
             grad = local(grad)
         if self.observer is not None:
             self.observer.before(grad)
@@ -167,7 +168,7 @@ class Constraint:
         """Zero the pruned positions now (``kind="zero"``)."""
         parameter = self._parameter()
         if parameter is not None and self.kind == "zero":
-            here = local(parameter) if is_sharded(parameter) else parameter
+            here = local(parameter) if self._sharded else parameter
             self._follow(here)
             self.mask.apply_(here)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,12 @@ __all__ = ["SparseMask", "count_bits", "pack_bits", "unpack_bits"]
 # b0 + 2*b1 + … + 128*b7 in their top byte: packing without a temporary per bit.
 _GATHER = 0x0102040810204080
 _EXPAND: dict[torch.device, Tensor] = {}
-_WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What is edited on the CPU as integers of its own size.
+_WORD = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.int16, torch.uint16), torch.int16),
+    **dict.fromkeys((torch.float32, torch.int32, torch.uint32), torch.int32),
+    **dict.fromkeys((torch.float64, torch.int64, torch.uint64), torch.int64),
+}
 # Weights handled at a time by loops over rows: what they need beside the weight stays in the second-level
 # cache.
 CHUNK = 1 << 18
@@ -92,12 +97,11 @@ def count_bits(packed: Tensor) -> Tensor:
 
 def _wordwise(x: Tensor) -> bool:
     """Whether ``x`` can be edited as integers of its own size on the CPU."""
-    known = x.device.type == "cpu" and x.element_size() in _WORD and not x.is_complex()
-    return known and x.is_contiguous() and x.numel() > 0
+    return x.dtype in _WORD and x.is_cpu and x.is_contiguous()
 
 
 def _ones(packed: np.ndarray[Any, Any], columns: int, active: bool) -> np.ndarray[Any, Any]:
-    """Bits as int8 ``[rows, columns]`` with all bits set where they are (or else are not)."""
+    """int8 ``[rows, columns]`` with all bits set at active (or else pruned) positions."""
     bits = np.unpackbits(packed, -1, columns, "little").view(np.int8)
     return np.negative(bits, bits) if active else np.subtract(bits, 1, bits)
 
@@ -282,9 +286,12 @@ class SparseMask:
             bytes_.masked_fill_(mask if active else mask.logical_not_(), 0)
             return x
         words = self._words(x)
-        for rows, ones in self._chunks(active=not active):
-            part = words[rows]
-            part &= ones
+        if self._shape.numel() <= CHUNK:  # every training step comes here twice for each small layer
+            np.bitwise_and(words, _ones(self._packed.numpy(), words.shape[1], not active), words)
+        else:
+            for rows, ones in self._chunks(active=not active):
+                part = words[rows]
+                part &= ones
         increment_version(x)
         return x
 
@@ -325,20 +332,20 @@ class SparseMask:
 
     def _words(self, x: Tensor) -> Any:
         """``x`` as integers of its own size, ``[rows, columns]``, in the same memory."""
-        words = x.detach().view(_WORD[x.element_size()])
-        rows = self._packed.shape[0]
-        return words.view(rows, -1) if self._by_torch() else words.numpy().reshape(rows, -1)
+        words = x.detach().view(_WORD[x.dtype])
+        if self._by_torch():
+            return words.view(_rows(self._shape))
+        numbers = words.numpy()
+        return numbers if numbers.ndim == 2 else numbers.reshape(_rows(self._shape))
 
-    def _chunks(self, *, active: bool) -> Iterable[tuple[slice, Any]]:
+    def _chunks(self, *, active: bool) -> Iterator[tuple[slice, Any]]:
         """Row slices with an int8 ``[rows, columns]`` that has all bits set at active (or else pruned) positions."""
         n_rows, columns = _rows(self._shape)
-        packed = self._packed.numpy()
-        if n_rows * columns <= CHUNK:
-            return ((slice(None), _ones(packed, columns, active)),)
-        step, by_torch = max(1, CHUNK // columns), self._by_torch()
-        slices = (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
-        chunks = ((rows, _ones(packed[rows], columns, active)) for rows in slices)
-        return ((rows, torch.from_numpy(ones)) for rows, ones in chunks) if by_torch else chunks
+        step, packed, by_torch = max(1, CHUNK // max(columns, 1)), self._packed.numpy(), self._by_torch()
+        for start in range(0, n_rows, step):
+            rows = slice(start, min(start + step, n_rows))
+            ones = _ones(packed[rows], columns, active)
+            yield rows, torch.from_numpy(ones) if by_torch else ones
 
     def _by_torch(self) -> bool:
         """Numpy starts faster, but torch shares the work where it is large and there are threads to share it."""
