@@ -68,17 +68,20 @@ def test_the_sparsity_that_was_asked_for_is_reached(rule, steps):
 
 
 @pytest.mark.parametrize("kind", [RigL, GraNet, MEST, SRigL])
-def test_a_rule_without_its_gradient_says_so(kind):
+def test_a_rule_without_its_gradient_prunes_and_does_not_grow(kind):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rule = kind(sparsity=0.8, interval=4, end_step=100)
+    rule = kind(sparsity=0.8, interval=4, end_step=100, **({"initial_sparsity": 0.8} if kind is GraNet else {}))
     sparsifier = Sparsifier(model, optimizer, rule, pattern="row" if kind is SRigL else None)
     fit(model, optimizer, batches(3))
-    with pytest.raises(ValueError, match=r"needs the gradient of '0\.weight'.*prune_to\(\)"):
-        sparsifier.prune_to(0.9)
+    sparsifier.prune_to(0.9)
+    assert sparsifier.sparsity == 0.9
+    with pytest.raises(ValueError, match=r"no gradient says where to grow.*prune_to\(\) can only prune"):
+        sparsifier.prune_to(0.7)
 
 
-def test_a_layer_that_brings_no_gradient_keeps_its_mask_under_snfs():
+@pytest.mark.parametrize("kind", [RigL, GraNet, MEST, SRigL, SNFS])
+def test_a_layer_that_brings_no_gradient_keeps_its_mask(kind):
     class Aside(nn.Module):
         def __init__(self):
             super().__init__()
@@ -89,9 +92,25 @@ def test_a_layer_that_brings_no_gradient_keeps_its_mask_under_snfs():
 
     model = Aside()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = Sparsifier(model, optimizer, SNFS(sparsity=0.8, interval=2))
+    options = {"initial_sparsity": 0.8} if kind is GraNet else {}
+    rule = kind(sparsity=0.8, interval=2, end_step=100, **options)
+    sparsifier = Sparsifier(model, optimizer, rule, pattern="row" if kind is SRigL else None)
     before, weight = sparsifier.masks, model.unused.weight.detach().clone()
     fit(model, optimizer, batches(6))
     assert sparsifier.masks["unused.weight"] == before["unused.weight"]
     assert sparsifier.masks["used.weight"] != before["used.weight"]
     assert torch.equal(model.unused.weight, weight)
+
+
+def test_prune_to_under_a_rule_that_grows_by_gradient_prunes_by_magnitude():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, RigL(sparsity=0.5, interval=100), distribution="uniform")
+    fit(model, optimizer, batches(3))
+    sizes = {n: model.get_parameter(n).detach().abs().masked_fill(~m.mask, -1) for n, m in sparsifier.masks.items()}
+    sparsifier.prune_to(0.75)
+    for name, mask in sparsifier.masks.items():
+        order = sizes[name].flatten().sort(descending=True, stable=True).indices
+        kept = torch.zeros(mask.numel, dtype=torch.bool)
+        kept[order[: mask.numel // 4]] = True
+        assert torch.equal(mask.mask.flatten(), kept), name

@@ -173,7 +173,6 @@ class Sparsifier:
         return make_report(self.model, self._held, self.step, example_inputs)
 
     # -- the step ------------------------------------------------------------------------------------
-    @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         for name, where in self._unclear.items():
             clear_state(optimizer, self.layers[name].weight, where)
@@ -184,14 +183,13 @@ class Sparsifier:
                     f"{name!r} is another parameter than when the Sparsifier was made (fully_shard, a parametrization "
                     "or load_state_dict(assign=True) replaces parameters); make the Sparsifier after that"
                 )
-        if self.step > 0 and self.algorithm.clears_state and self.algorithm.due(self.step):
+        if self._moved:
             for held in self._held.values():
                 held.find_newborn()
-        return after_backward(args, kwargs, self._after_backward)
+        return after_backward(args, kwargs, self._after_backward) if self._looks else None
 
+    @torch.no_grad()
     def _after_backward(self) -> None:
-        if not self._looks:
-            return
         # Fused optimizers unscale inside their own step, and say here by how much; for others it is done already.
         scale = getattr(self.optimizer, "grad_scale", None)
         for held in self._held.values():
@@ -243,7 +241,8 @@ class Sparsifier:
         beta = self.algorithm.gradient_memory
         for held in self._held.values():
             held.count_work()
-            held.cap_newborn(optimizer)
+            if held.newborn is not None:
+                held.cap_newborn(optimizer)
             if held.theta is not None:
                 held.absorb(self.algorithm.damping)  # which zeroes the pruned positions as well
             elif due:
@@ -270,7 +269,9 @@ class Sparsifier:
         remembers = rule.gradient_memory is not None and (rule.end_step is None or self.step < rule.end_step)
         due = rule.gradient != "none" and rule.due(self.step + 1)
         watched = remembers or (due and rule.gradient == "dense")
+        # Whether the coming step has something to do before the optimizer: most have not.
         self._looks = watched or due or (learning and type(rule).penalty is not Algorithm.penalty)
+        self._moved = self.step > 0 and rule.clears_state and rule.due(self.step)
         for held in self._held.values():
             if learning and held.theta is None:
                 held.theta = torch.zeros_like(held.weight)

@@ -22,9 +22,9 @@ __all__ = [
     "kept_through",
     "moved_count",
     "moves_at",
-    "needed_gradient",
     "random_scores",
     "standing_scores",
+    "without_exchange",
 ]
 
 
@@ -83,18 +83,25 @@ def standing_scores(view: View, init: str) -> Tensor:
     return view.weight.abs().masked_fill(view.mask.logical_not(), -1.0)
 
 
-def needed_gradient(view: View, rule: str) -> Tensor:
-    """The gradient of the view.
+def without_exchange(view: View) -> Tensor:
+    """The mask where an update has no gradient to go by: the largest |w| of the active weights, as many as are kept.
+
+    So a layer that had no part in the loss of a step (an expert without tokens, a frozen one) keeps its mask, and
+    ``prune_to`` prunes by magnitude.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If more positions are to be active than are: nothing says where to grow.
     """
-    if view.gradient is None:
+    active = int(torch.count_nonzero(view.mask))
+    if active == view.keep:
+        return view.mask
+    if active < view.keep:
         raise ValueError(
-            f"{rule} needs the gradient of {view.name!r}, and the step before this update brought none: the weight "
-            "must be used in the loss; prune_to() between two steps has no gradient to go by"
+            f"{view.name!r} has {active} active weights and shall have {view.keep}; no gradient says where to grow: "
+            "the weight must be used in the loss of the step before, and prune_to() can only prune"
         )
-    return view.gradient
+    size = view.weight.abs()
+    return drop_and_grow(view, size, size, view.keep)
 
 
 def finite_growth(growth: Tensor) -> Tensor:

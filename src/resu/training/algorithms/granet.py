@@ -16,8 +16,8 @@ from resu.training.algorithms.drop_grow import (
     drop_fraction,
     initial_scores,
     kept_through,
-    needed_gradient,
     standing_scores,
+    without_exchange,
 )
 
 __all__ = ["GraNet"]
@@ -81,5 +81,7 @@ class GraNet(Algorithm):
         """Prune to the ramp, then exchange."""
         if view.step == 0:
             return view.pattern.select(initial_scores(view, self.init), view.keep)
+        if view.gradient is None:
+            return without_exchange(view)
         survive = kept_through(drop_fraction(self.alpha, step, self.end_step), view.keep)
-        return drop_and_grow(view, view.weight.abs(), needed_gradient(view, "GraNet").abs(), survive)
+        return drop_and_grow(view, view.weight.abs(), view.gradient.abs(), survive)

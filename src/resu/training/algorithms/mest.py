@@ -18,9 +18,9 @@ from resu.training.algorithms.drop_grow import (
     initial_scores,
     kept_through,
     moves_at,
-    needed_gradient,
     random_scores,
     standing_scores,
+    without_exchange,
 )
 
 __all__ = ["MEST"]
@@ -105,7 +105,9 @@ class MEST(Algorithm):
             kept = view.pattern.select(initial_scores(view, self.init), view.keep)
             rank = view.weight.abs()
         else:
-            rank = view.weight.abs() + self.grad_weight * needed_gradient(view, "MEST").abs()
+            if view.gradient is None:
+                return without_exchange(view)
+            rank = view.weight.abs() + self.grad_weight * view.gradient.abs()
             if not self.soft:
                 return drop_and_grow(view, rank, random_scores(view), kept_through(self.fraction(step), view.keep))
             kept = drop_and_grow(view, rank, rank, view.keep)  # all that survive fill the budget

@@ -16,8 +16,8 @@ from resu.training.algorithms.drop_grow import (
     initial_scores,
     kept_through,
     moves_at,
-    needed_gradient,
     standing_scores,
+    without_exchange,
 )
 
 __all__ = ["RigL"]
@@ -71,5 +71,7 @@ class RigL(Algorithm):
         """Drop by magnitude, grow by gradient."""
         if view.step == 0:
             return view.pattern.select(initial_scores(view, self.init), view.keep)
+        if view.gradient is None:
+            return without_exchange(view)
         survive = kept_through(drop_fraction(self.alpha, step, self.end_step), view.keep)
-        return drop_and_grow(view, view.weight.abs(), needed_gradient(view, "RigL").abs(), survive)
+        return drop_and_grow(view, view.weight.abs(), view.gradient.abs(), survive)

@@ -19,8 +19,8 @@ from resu.training.algorithms.drop_grow import (
     initial_scores,
     moved_count,
     moves_at,
-    needed_gradient,
     standing_scores,
+    without_exchange,
 )
 
 __all__ = ["SRigL"]
@@ -83,8 +83,10 @@ class SRigL(Algorithm):
         """Drop by magnitude, give up neurons, fill up by gradient."""
         if view.step == 0:
             return view.pattern.select(initial_scores(view, self.init), view.keep)
+        if view.gradient is None:
+            return without_exchange(view)
         count = moved_count(drop_fraction(self.alpha, step, self.end_step), view.keep)
-        growth = finite_growth(needed_gradient(view, "SRigL").abs().flatten(1))
+        growth = finite_growth(view.gradient.abs().flatten(1))
         mask, size = view.mask.flatten(1), view.weight.abs().flatten(1)
         active = int(torch.count_nonzero(mask))
         survivors = top_k_mask(size.masked_fill(~mask, -torch.inf), min(active, max(0, view.keep - count)))
