@@ -419,3 +419,11 @@ def test_counts_of_what_moves_are_floors_of_the_decimal_that_was_written():
     assert kept_through(0.29, 100) == 71
     assert [drop_fraction(0.3, t, 90) for t in (0, 30, 45, 60, 90, 91)] == [0.3, 0.225, 0.15, 0.075, 0.0, 0.0]
     assert drop_fraction(0.3, 10**6, None) == 0.3
+
+
+def test_constant_fan_in_is_that_of_the_neurons_that_are_left():
+    rule, row = SRigL(sparsity=0.5), Unstructured("row")
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    assert rule.violations(mask, row) == 0  # one row may hold one weight less
+    mask[0] = True
+    assert rule.violations(mask, row) > 0

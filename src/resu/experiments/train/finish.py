@@ -91,7 +91,8 @@ def _exact(state: State, masks: dict[str, SparseMask]) -> bool:
     for name, mask in masks.items():
         pruned: Tensor = mask.get_pruned(weights[name])
         zeros = zeros and not bool(pruned.any() | pruned.signbit().any())
-        legal = legal and pattern.violations(state.sparsifier.layers[name].matrix(mask.mask)) == 0
+        seen = state.sparsifier.layers[name].matrix(mask.mask)
+        legal = legal and state.sparsifier.algorithm.violations(seen, pattern) == 0
     total = sum(mask.numel for mask in masks.values())
     kept = sum(mask.n_active for mask in masks.values())
     if pattern == Unstructured() and isinstance(state.sparsifier.distribution, str):

@@ -111,6 +111,10 @@ class Algorithm(ABC):
         """Why this rule cannot keep to a pattern; None: it can."""
         return None
 
+    def violations(self, mask: Tensor, pattern: Pattern) -> int:
+        """How many units of a mask, ``[out, in…]``, break the pattern as this rule keeps to it."""
+        return pattern.violations(mask)
+
     @abstractmethod
     def scores(self, view: View) -> Tensor:
         """Importance of every position (higher = keep); also what a global allocation compares."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from resu.core.counting import check_sparsity
+from resu.core.schedule import check_steps
 from resu.training.algorithms.base import Algorithm, View, algorithms, ramp
 
 __all__ = ["RESU"]
@@ -60,6 +61,7 @@ class RESU(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_steps(ramp_end_step=self.ramp_end_step)
         if self.initial_sparsity is not None:
             check_sparsity(self.initial_sparsity, "initial_sparsity")
             if self.initial_sparsity > self.sparsity:

@@ -75,6 +75,11 @@ class SRigL(Algorithm):
             return f"SRigL keeps a constant fan-in per output row: use pattern='row', not {str(pattern)!r}"
         return None
 
+    def violations(self, mask: Tensor, pattern: Pattern) -> int:
+        """Rows whose fan-in is not that of the others; neurons given up have none."""
+        rows = mask.flatten(1)
+        return pattern.violations(rows[rows.any(dim=1)])
+
     def scores(self, view: View) -> Tensor:
         """|w| of active weights."""
         return standing_scores(view, self.init)
