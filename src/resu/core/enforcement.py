@@ -30,7 +30,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from resu.core.mask import SparseMask
+from resu.core.mask import SparseMask, apply_all_
 from resu.core.optimizer_state import clear_state
 from resu.core.sharding import is_sharded, local
 
@@ -158,11 +158,13 @@ class Constraint:
         if self.observer is not None:
             self.observer.before(grad)
         if self.mask_gradient:
-            self._follow(grad)
-            passes = self.mask if self.gradient_mask is None else self.gradient_mask
-            passes.zero_(grad, active=self.kind == "frozen")
+            self._passed(grad).zero_(grad, active=self.kind == "frozen")
         if self.observer is not None:
             self.observer.after(grad)
+
+    def _passed(self, grad: Tensor) -> SparseMask:
+        self._follow(grad)
+        return self.mask if self.gradient_mask is None else self.gradient_mask
 
     def enforce(self) -> None:
         """Zero the pruned positions now (``kind="zero"``)."""
@@ -214,16 +216,21 @@ class Constraint:
         if not (self.mask_gradient and _keeps_bits(optimizer, group)):
             self._before = local(parameter).detach().clone()
 
-    def _after_step(self) -> None:
+    def _after_step(self) -> Tensor | None:
+        """Put the held positions back; or what is to be zeroed at pruned ones, for all to be done at once."""
         parameter = self._parameter()
         assert parameter is not None
         if self.kind == "zero":
             # Not a second time where this step has done it already and nobody has written since.
-            if self._zeroed != (self.mask, parameter._version):
-                self.enforce()
-        elif self._before is not None:
+            if self._zeroed == (self.mask, parameter._version):
+                return None
+            here = local(parameter) if self._sharded else parameter
+            self._follow(here)
+            return here
+        if self._before is not None:
             self.mask.restore_(local(parameter), self._before)
             self._before = None
+        return None
 
 
 def is_held(parameter: Tensor, except_for: Constraint | None = None) -> bool:
@@ -262,10 +269,17 @@ def _owned(optimizer: Optimizer) -> list[tuple[Constraint, dict[str, Any]]]:
 
 
 def _mask_waiting(task: int) -> None:
-    for constraint in _waiting.pop(task, ()):
-        parameter = constraint.parameter
-        if parameter is not None and constraint._hook is not None:
+    plain = []
+    for constraint in reversed(_waiting.pop(task, [])):  # the last one may still be in the caches
+        parameter = constraint._parameter()
+        if parameter is None or constraint._hook is None:  # gone, or let go of
+            continue
+        grad = parameter.grad
+        if constraint.observer is None and constraint.kind == "zero" and grad is not None and not grad.is_sparse:
+            plain.append((constraint._passed(grad), grad))
+        else:
             constraint._mask_gradient(parameter)
+    apply_all_(plain)
 
 
 def _pre_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -276,8 +290,8 @@ def _pre_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _post_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for constraint, _ in _owned(optimizer):
-        constraint._after_step()
+    owned = reversed(_owned(optimizer))  # as in _mask_waiting
+    apply_all_([(one.mask, here) for one, _ in owned if (here := one._after_step()) is not None])
 
 
 def _install() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from resu.core.counting import check_finite, keep_count, top_k_mask
 
-__all__ = ["SparseMask", "count_bits", "pack_bits", "unpack_bits"]
+__all__ = ["SparseMask", "apply_all_", "count_bits", "pack_bits", "unpack_bits"]
 
 # Eight 0/1 bytes b0..b7 read as one little-endian int64, times this constant, have
 # b0 + 2*b1 + … + 128*b7 in their top byte: packing without a temporary per bit.
@@ -286,12 +286,9 @@ class SparseMask:
             bytes_.masked_fill_(mask if active else mask.logical_not_(), 0)
             return x
         words = self._words(x)
-        if self._shape.numel() <= CHUNK:  # every training step comes here twice for each small layer
-            np.bitwise_and(words, _ones(self._packed.numpy(), words.shape[1], not active), words)
-        else:
-            for rows, ones in self._chunks(active=not active):
-                part = words[rows]
-                part &= ones
+        for rows, ones in self._chunks(active=not active):
+            part = words[rows]
+            part &= ones
         increment_version(x)
         return x
 
@@ -393,3 +390,24 @@ class SparseMask:
 
     def __repr__(self) -> str:
         return f"SparseMask(shape={tuple(self._shape)}, n_active={self._n_active}, sparsity={self.sparsity:.4f})"
+
+
+def apply_all_(pairs: Iterable[tuple[SparseMask, Tensor]]) -> None:
+    """``mask.apply_(x)`` for each pair ``(mask, x)``.
+
+    A training step does little else twice for each layer, and for a small one the calls cost more than the work. So
+    this makes as few as there can be.
+    """
+    done = []
+    for mask, x in pairs:
+        shape, word = mask._shape, _WORD.get(x.dtype)
+        if word is None or not x.is_cpu or not x.is_contiguous() or x.shape != shape or shape.numel() > CHUNK:
+            mask.apply_(x)
+            continue
+        words = x.detach().view(word).numpy()
+        if words.ndim != 2:
+            words = words.reshape(_rows(shape))
+        bits = np.unpackbits(mask._packed.numpy(), -1, words.shape[1], "little").view(np.int8)
+        np.bitwise_and(words, np.negative(bits, bits), words)
+        done.append(x)
+    increment_version(done)
