@@ -65,3 +65,11 @@ def test_cadences_that_cannot_be():
         Every(0)
     with pytest.raises(ValueError, match="begin_step"):
         Every(1, 5, 4)
+
+
+@pytest.mark.parametrize("steps", [{"interval": 2.5}, {"interval": True}, {"end_step": 0.75}, {"begin_step": "1"}])
+def test_steps_are_whole_numbers(steps):
+    with pytest.raises(TypeError, match=f"{next(iter(steps))} is counted in steps and must be a whole number"):
+        Every(**{"interval": 10, **steps})
+    with pytest.raises(TypeError, match="write int"):
+        Cubic(0.0, 0.9, 0, 7.5)

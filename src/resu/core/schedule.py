@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 from resu.core.registry import Registry
 
-__all__ = ["Cadence", "Constant", "Cosine", "Cubic", "Every", "Linear", "Schedule", "schedules"]
+__all__ = ["Cadence", "Constant", "Cosine", "Cubic", "Every", "Linear", "Schedule", "check_steps", "schedules"]
+
+
+def check_steps(**steps: int | None) -> None:
+    """Raise ``TypeError`` if one of the named numbers of steps is neither whole nor None.
+
+    A fraction would not be told from a step: ``end_step=0.75`` ends before the first one.
+
+    Example:
+        >>> check_steps(interval=100, end_step=None)
+    """
+    for name, value in steps.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise TypeError(f"{name} is counted in steps and must be a whole number, got {value!r}; write int(…)")
 
 
 class Schedule(Protocol):
@@ -52,6 +66,7 @@ class _Ramp:
     end_step: int
 
     def __post_init__(self) -> None:
+        check_steps(begin_step=self.begin_step, end_step=self.end_step)
         if not 0 <= self.begin_step <= self.end_step:
             raise ValueError(f"a schedule needs 0 <= begin_step <= end_step, got {self.begin_step} and {self.end_step}")
 
@@ -120,6 +135,7 @@ class Every:
     end_step: int | None = None
 
     def __post_init__(self) -> None:
+        check_steps(interval=self.interval, begin_step=self.begin_step, end_step=self.end_step)
         if self.interval < 1:
             raise ValueError(f"interval must be at least 1, got {self.interval}")
         if self.begin_step < 0 or (self.end_step is not None and self.end_step < self.begin_step):
