@@ -237,3 +237,17 @@ def test_trap_25_weights_are_looked_up_at_each_use():
     layer = select(model)["0.weight"]
     model[0].weight = nn.Parameter(torch.zeros(2, 2))
     assert layer.weight is model[0].weight
+
+
+def test_a_layer_without_a_shape_yet_is_an_error():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="1 is lazy: run one batch"):
+        select(model)
+
+
+def test_weights_that_are_computed_are_not_left_out_in_silence():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"computed \(weight_norm.* are not pruned: 0;"):
+        assert list(select(model)) == ["1.weight"]
+    assert list(select(model, exclude="0.*")) == ["1.weight"]  # who knows it hears nothing
+    assert list(select(model, "1")) == ["1.weight"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from resu.core.globs import glob_list, glob_matches, listing
 
@@ -135,6 +136,8 @@ def every_weight(model: nn.Module) -> dict[str, Layer]:
     # With duplicates: a module used twice is a tie too, and a glob may use either name.
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if is_lazy(parameter):
+                raise ValueError(f"{module_name or 'the model'} is lazy: run one batch through the model first")
             if parameter.ndim >= 2:
                 name = f"{module_name}.{attribute}" if module_name else attribute
                 layer = Layer(name, module_name, attribute, module, *_orientation(module, attribute, parameter))
@@ -226,6 +229,8 @@ def select(
             chosen[name] = layer
     if include is None and not stacks:
         _warn_of_stacks([layer for name, layer in everything.items() if name not in chosen], exclude, named)
+    if include is None:
+        _warn_of_computed(model, exclude)
     if not chosen:
         raise ValueError(
             "no prunable weight is selected; the model has: "
@@ -243,5 +248,22 @@ def _warn_of_stacks(skipped: Iterable[Layer], exclude: list[str], named: Callabl
         warnings.warn(
             f"stacked weights are not pruned by default: {', '.join(stacks[:8])}{', …' if len(stacks) > 8 else ''}; "
             "name them in include, or in exclude to leave them dense",
+            stacklevel=3,
+        )
+
+
+def _warn_of_computed(model: nn.Module, exclude: list[str]) -> None:
+    """Say which layers compute their weight from other tensors, so that there is no parameter to prune."""
+    computed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _TYPES)
+        and "weight" not in module._parameters
+        and not any(glob_matches(pattern, f"{name}.weight") for pattern in exclude)
+    ]
+    if computed:
+        warnings.warn(
+            f"layers whose weight is computed (weight_norm, spectral_norm, torch.nn.utils.prune) are not pruned: "
+            f"{listing(computed, 8)}; make the weight a parameter again, or exclude them by 'LAYER.*'",
             stacklevel=3,
         )
