@@ -1,7 +1,9 @@
 """A run that is stopped anywhere and goes on from a file is the run that was never stopped: weights, state, counts."""
 
+import io
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -158,3 +160,14 @@ def _copied(state):
     if isinstance(state, dict):
         return {key: _copied(value) for key, value in state.items()}
     return [_copied(x) for x in state] if isinstance(state, list) else state
+
+
+def test_numbers_of_numpy_are_plain_in_a_state():
+    model = nn.Linear(20, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = MEST(sparsity=np.float64(0.9), interval=np.int64(2), mutation=(np.float32(0.5),))
+    sparsifier = Sparsifier(model, optimizer, rule, distribution={"*": np.float64(0.9)})
+    file = io.BytesIO()
+    torch.save(sparsifier.state_dict(), file)
+    file.seek(0)
+    sparsifier.load_state_dict(torch.load(file, weights_only=True))

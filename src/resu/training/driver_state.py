@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,13 +32,17 @@ def settings(driver: Sparsifier) -> dict[str, Any]:
         "algorithm": type(driver.algorithm).__name__,
         "options": {key: _plain(value) for key, value in dataclasses.asdict(driver.algorithm).items()},
         "pattern": repr(driver.pattern),
-        "distribution": described(driver.distribution),
+        "distribution": _plain(described(driver.distribution)),
         "seed": driver.seed,
     }
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def save(driver: Sparsifier) -> dict[str, Any]:
