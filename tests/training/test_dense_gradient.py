@@ -273,3 +273,20 @@ def test_micro_batches_are_summed_once_where_the_optimizer_learns_at_pruned_posi
     steps.step()
     for name, gradient in rule.seen:
         torch.testing.assert_close(gradient, total[name])
+
+
+def test_gradients_that_were_assigned_are_seen():
+    model, data = mlp(), batches(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = Watched(sparsity=0.8)
+    Sparsifier(model, optimizer, rule)
+    for batch in data:
+        found = torch.autograd.grad(loss_of(model, batch), list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), found, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        (_, first), _ = rule.seen[-2:]
+        torch.testing.assert_close(first, found[0])
+    rule.seen.clear()
+    optimizer.step()  # the same ones again, masked by nobody
+    assert len(rule.seen) == 2

@@ -358,6 +358,39 @@ def test_clear_errors() -> None:
     with pytest.raises(ValueError, match="other settings"):
         sparsifier.load_state_dict({**sparsifier.state_dict(), "settings": {}})
     assert all(isinstance(m, SparseMask) for m in sparsifier.masks.values())
+    with pytest.raises(TypeError, match=r"a rule such as RigL\(sparsity=0\.9\), got 'rigl'"):
+        Sparsifier(model, optimizer, "rigl")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="neither copied nor pickled"):
+        copy.deepcopy(sparsifier)
+    sparsifier.commit()
+    with pytest.raises(RuntimeError, match=r"holds nothing since commit\(\)"):
+        sparsifier.prune_to(0.9)
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight: on the meta device"):
+        Sparsifier(model, torch.optim.SGD(model.parameters()), Static(sparsity=0.5))
+
+
+def test_weights_that_do_not_train_are_named() -> None:
+    model = mlp()
+    model[2].weight.requires_grad_(False)  # type: ignore[union-attr,operator]
+    for parameters in (model.parameters(), model[0].parameters()):
+        with pytest.warns(
+            UserWarning, match=r"1 of 2 selected weights are frozen or not in this optimizer \(2\.weight"
+        ):
+            Sparsifier(model, torch.optim.SGD(parameters, lr=0.1), Static(sparsity=0.5)).commit()
+
+
+@pytest.mark.parametrize("rule", [Magnitude(sparsity=0.5, interval=1, end_step=9), RESU(sparsity=0.5, end_step=9)])
+def test_a_run_that_diverged_is_told_from_a_wrong_input(rule: Algorithm) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, optimizer, rule)
+    data = batches(2)
+    fit(model, optimizer, data[:1])
+    with pytest.raises(FloatingPointError, match=r"'0\.weight' holds NaN after step 2: training has diverged"):
+        fit(model, optimizer, [(data[1][0] * torch.nan, data[1][1])])
+    assert sparsifier.step == 2
 
 
 def test_trap_12_no_block_spans_two_experts() -> None:

@@ -101,8 +101,17 @@ class HeldLayer:
             self.update_work += self.reached if self.reach is not None else self.keep
 
     def take_dense_gradient(self) -> Tensor | None:
-        """What was caught of the step's dense gradient, in the order of the local part."""
-        return self._observer.take()
+        """What was caught of the step's dense gradient, in the order of the local part.
+
+        A gradient that was assigned (of ``torch.autograd.grad``, of a loop of one's own) has passed no hook; it is
+        dense if it is not 0 wherever the weight is pruned.
+        """
+        caught, given = self._observer.take(), self.layer.weight.grad
+        if caught is not None or given is None:
+            return caught
+        given = local(given).to(torch.float32, copy=True)
+        pruned = self.constraint.mask.zero_(given.clone(), active=True)
+        return given if pruned.any() else None
 
     @torch.no_grad()
     def find_newborn(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from resu.core.counting import check_sparsity
 from resu.core.enforcement import is_held
+from resu.core.globs import listing
 from resu.core.layers import select
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
@@ -25,6 +27,7 @@ from resu.training.agreement import Agreement
 from resu.training.algorithms.base import Algorithm, View
 from resu.training.budget import check_distribution, keeps_at
 from resu.training.closures import after_backward
+from resu.training.divergence import divergence_told
 from resu.training.held_layer import HeldLayer
 from resu.training.observer import ratio_of_norms, squared_norms
 from resu.training.report import SparsityReport, make_report
@@ -63,8 +66,12 @@ class Sparsifier:
         step: Optimizer steps done.
 
     Raises:
+        TypeError: If there is no rule, or no optimizer of torch.
         ValueError: If a glob matches nothing, no selected weight belongs to the optimizer, the pattern
             cannot have the algorithm's sparsity, or the algorithm cannot keep to the pattern.
+
+    Warns:
+        UserWarning: Of selected weights that this optimizer does not train.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5))
@@ -123,11 +130,27 @@ class Sparsifier:
         self._prepare()
 
     def _check(self) -> None:
+        if not isinstance(self.algorithm, Algorithm):
+            raise TypeError(f"the algorithm is a rule such as RigL(sparsity=0.9), got {self.algorithm!r}")
         owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not any(id(layer.weight) in owned for layer in self.layers.values()):
             raise ValueError(
                 f"none of the {len(self.layers)} selected weights belongs to the optimizer; build the optimizer from "
                 "the parameters of this model, after moving it to its device"
+            )
+        if unreal := [name for name, layer in self.layers.items() if layer.weight.is_meta]:
+            raise ValueError(
+                f"{listing(unreal, 5)}: on the meta device, without values to choose from; load them first"
+            )
+        idle = [
+            n for n, layer in self.layers.items() if id(layer.weight) not in owned or not layer.weight.requires_grad
+        ]
+        if idle:
+            warnings.warn(
+                f"{len(idle)} of {len(self.layers)} selected weights are frozen or not in this optimizer "
+                f"({listing(idle, 5)}): they are pruned all the same and cannot make up for it; exclude them, or "
+                "make a Sparsifier for each optimizer",
+                stacklevel=3,
             )
         taken = [name for name, layer in self.layers.items() if is_held(layer.weight)]
         if taken:
@@ -253,12 +276,15 @@ class Sparsifier:
                 # One overflow at a pruned position, which no GradScaler sees, would stay in the mean for ever.
                 held.momentum.lerp_(held.gradient.nan_to_num_(0.0, 0.0, 0.0), 1 - beta)
         if due:
-            self._update(self.algorithm.target(self.step))
+            with divergence_told(self._held, self.step):
+                self._update(self.algorithm.target(self.step))
         self._prepare()
 
     def prune_to(self, sparsity: float) -> None:
         """Update the topology now, between two steps, to ``sparsity``; the schedule goes on as before."""
         check_sparsity(sparsity)
+        if self._ended:
+            raise RuntimeError("this Sparsifier holds nothing since commit(); make another one to prune further")
         self._update(sparsity)
         self._prepare()
 
@@ -412,6 +438,12 @@ class Sparsifier:
                 held.constraint.enforce()
             self._release()
         return self.masks
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a Sparsifier is tied to one model and one optimizer and is neither copied nor pickled; keep it out of "
+            "what is, make another for the copy, and carry state_dict() over"
+        )
 
     def _release(self) -> None:
         self._ended = True
