@@ -29,6 +29,9 @@ _WORD = {
 # Weights handled at a time by loops over rows: what they need beside the weight stays in the second-level
 # cache.
 CHUNK = 1 << 18
+# Up to this many weights a mask that is laid on at every step remembers its bits unpacked, a byte per weight: to unpack
+# them costs as much there as to use them.
+_SMALL = 1 << 16
 
 
 def _rows(shape: Sequence[int]) -> tuple[int, int]:
@@ -132,7 +135,7 @@ class SparseMask:
         (0.25, 3, [1])
     """
 
-    __slots__ = ("_n_active", "_packed", "_shape")
+    __slots__ = ("_n_active", "_packed", "_shape", "_unpacked")
 
     def __init__(self, mask: Tensor) -> None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -143,6 +146,7 @@ class SparseMask:
         self._shape = torch.Size(mask.shape)
         self._packed = pack_bits(mask.detach())
         self._n_active = int(mask.sum())
+        self._unpacked: np.ndarray[Any, Any] | None = None
 
     # -- constructors ---------------------------------------------------------------------------------
     @classmethod
@@ -167,6 +171,7 @@ class SparseMask:
         self._shape = torch.Size(shape)
         self._packed = packed
         self._n_active = int(count_bits(packed).sum())
+        self._unpacked = None
         return self
 
     @classmethod
@@ -255,8 +260,8 @@ class SparseMask:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return self._packed.numel()
+        """Bytes held: a bit per weight, and a byte more of a small mask that a training step lays on."""
+        return self._packed.numel() + (0 if self._unpacked is None else self._unpacked.nbytes)
 
     # -- use ------------------------------------------------------------------------------------------
     def _check(self, x: Tensor) -> None:
@@ -362,7 +367,7 @@ class SparseMask:
         """The same mask on another device."""
         other = SparseMask.__new__(SparseMask)
         other._shape, other._n_active = self._shape, self._n_active
-        other._packed = self._packed.to(device)
+        other._packed, other._unpacked = self._packed.to(device), None
         return other
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -374,6 +379,9 @@ class SparseMask:
         digest = hashlib.sha256(repr(tuple(self._shape)).encode())
         digest.update(self._packed.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SparseMask.from_packed, (self._packed, self._shape)
 
     def __or__(self, other: SparseMask) -> SparseMask:
         """Positions active in either mask."""
@@ -407,7 +415,11 @@ def apply_all_(pairs: Iterable[tuple[SparseMask, Tensor]]) -> None:
         words = x.detach().view(word).numpy()
         if words.ndim != 2:
             words = words.reshape(_rows(shape))
-        bits = np.unpackbits(mask._packed.numpy(), -1, words.shape[1], "little").view(np.int8)
-        np.bitwise_and(words, np.negative(bits, bits), words)
+        ones = mask._unpacked
+        if ones is None:
+            ones = _ones(mask._packed.numpy(), words.shape[1], active=True)
+            if shape.numel() <= _SMALL:
+                mask._unpacked = ones
+        np.bitwise_and(words, ones, words)
         done.append(x)
     increment_version(done)
