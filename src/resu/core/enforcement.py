@@ -178,7 +178,7 @@ class Constraint:
         """As :meth:`enforce`; returns what was at pruned positions, and 0 elsewhere (``kind="zero"``)."""
         parameter = self._parameter()
         assert parameter is not None
-        here = local(parameter)
+        here = local(parameter) if self._sharded else parameter
         self._follow(here)
         taken = self.mask.take_pruned_(here)
         if here is parameter:  # the count of writes of another view tells nothing

@@ -325,6 +325,10 @@ class SparseMask:
             return taken
         taken = torch.empty_like(x, requires_grad=False)
         words, out = self._words(x), self._words(taken)
+        if self._shape.numel() <= _SMALL:  # at every step, as apply_all_
+            words ^= np.bitwise_and(words, ~self._remembered(), out)
+            increment_version(x)
+            return taken
         bitwise_and: Any = torch.bitwise_and if self._by_torch() else np.bitwise_and
         for rows, ones in self._chunks(active=False):
             part = words[rows]
@@ -348,6 +352,15 @@ class SparseMask:
             rows = slice(start, min(start + step, n_rows))
             ones = _ones(packed[rows], columns, active)
             yield rows, torch.from_numpy(ones) if by_torch else ones
+
+    def _remembered(self) -> np.ndarray[Any, Any]:
+        """The bits of active positions as :func:`_ones` gives them; those of a small mask are kept."""
+        if self._unpacked is not None:
+            return self._unpacked
+        ones = _ones(self._packed.numpy(), _rows(self._shape)[1], active=True)
+        if self._shape.numel() <= _SMALL:
+            self._unpacked = ones
+        return ones
 
     def _by_torch(self) -> bool:
         """Numpy starts faster, but torch shares the work where it is large and there are threads to share it."""
@@ -416,10 +429,6 @@ def apply_all_(pairs: Iterable[tuple[SparseMask, Tensor]]) -> None:
         if words.ndim != 2:
             words = words.reshape(_rows(shape))
         ones = mask._unpacked
-        if ones is None:
-            ones = _ones(mask._packed.numpy(), words.shape[1], active=True)
-            if shape.numel() <= _SMALL:
-                mask._unpacked = ones
-        np.bitwise_and(words, ones, words)
+        np.bitwise_and(words, mask._remembered() if ones is None else ones, words)
         done.append(x)
     increment_version(done)
