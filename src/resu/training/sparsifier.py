@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,24 +11,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resu.core.counting import check_sparsity
-from resu.core.enforcement import is_held
-from resu.core.globs import listing
 from resu.core.layers import select
 from resu.core.mask import SparseMask
 from resu.core.optimizer_state import clear_state
-from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
+from resu.core.pattern import Pattern, Unstructured, get_pattern
 from resu.core.randomness import derived_generator
-from resu.core.sharding import check_layout, is_sharded, local
 from resu.pruning.allocation import Allocation, global_masks, needs_scores
-from resu.pruning.budget import check_stacks, stack_rows
 from resu.training import driver_state
 from resu.training.agreement import Agreement
 from resu.training.algorithms.base import Algorithm, View
-from resu.training.budget import check_distribution, keeps_at
+from resu.training.budget import keeps_at
 from resu.training.closures import after_backward
 from resu.training.divergence import divergence_told
+from resu.training.driver_checks import check_layers, check_rule
+from resu.training.gradients import add_penalty, gathered_gradient
 from resu.training.held_layer import HeldLayer
-from resu.training.observer import ratio_of_norms, squared_norms
 from resu.training.report import SparsityReport, make_report
 from resu.training.wrappers import plain_optimizer, unwrap
 
@@ -102,13 +98,13 @@ class Sparsifier:
         self.optimizer = optimizer = plain_optimizer(optimizer)
         self.algorithm = algorithm
         self.pattern = get_pattern(pattern)
-        self.distribution = distribution
         self.seed = seed
         self.step = 0
         self._ended = False
         self.layers = select(self.model, include, exclude)
         self._agreement = Agreement(model, process_group)
-        self._check()
+        self.distribution = check_rule(algorithm, self.pattern, distribution, self.layers)
+        check_layers(self.layers, optimizer)
         self._held = {name: HeldLayer(layer) for name, layer in self.layers.items()}
         # What the pruning at step 0 took from each weight, given back if a state is loaded (see load_state_dict), and
         # where the optimizer's state is to be cleared once the first step comes.
@@ -128,50 +124,6 @@ class Sparsifier:
         for held in self._held.values():
             held.start()
         self._prepare()
-
-    def _check(self) -> None:
-        if not isinstance(self.algorithm, Algorithm):
-            raise TypeError(f"the algorithm is a rule such as RigL(sparsity=0.9), got {self.algorithm!r}")
-        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if not any(id(layer.weight) in owned for layer in self.layers.values()):
-            raise ValueError(
-                f"none of the {len(self.layers)} selected weights belongs to the optimizer; build the optimizer from "
-                "the parameters of this model, after moving it to its device"
-            )
-        if unreal := [name for name, layer in self.layers.items() if layer.weight.is_meta]:
-            raise ValueError(
-                f"{listing(unreal, 5)}: on the meta device, without values to choose from; load them first"
-            )
-        idle = [
-            n for n, layer in self.layers.items() if id(layer.weight) not in owned or not layer.weight.requires_grad
-        ]
-        if idle:
-            warnings.warn(
-                f"{len(idle)} of {len(self.layers)} selected weights are frozen or not in this optimizer "
-                f"({listing(idle, 5)}): they are pruned all the same and cannot make up for it; exclude them, or "
-                "make a Sparsifier for each optimizer",
-                stacklevel=3,
-            )
-        taken = [name for name, layer in self.layers.items() if is_held(layer.weight)]
-        if taken:
-            raise ValueError(
-                f"{', '.join(taken[:5])} {'is' if len(taken) == 1 else 'are'} held by a mask already; call commit() on "
-                "the Sparsifier that made it, or remove_mask() on the layer, before another takes over"
-            )
-        for name, layer in self.layers.items():
-            check_layout(name, layer.weight)
-        check_stacks(self.pattern, stack_rows(self.layers))
-        shapes = {name: layer.weight.shape for name, layer in self.layers.items()}
-        check_distribution(self.distribution, shapes, self.algorithm.sparsity)
-        if isinstance(self.pattern, NM) and isinstance(self.distribution, str):
-            self.distribution = "uniform"  # N:M fixes every layer's share; no other budget can be kept
-        if isinstance(self.pattern, NM) and abs(self.algorithm.sparsity - self.pattern.sparsity) > 1e-9:
-            raise ValueError(
-                f"pattern {self.pattern.n}:{self.pattern.m} has sparsity {self.pattern.sparsity:g}, the algorithm asks "
-                f"for {self.algorithm.sparsity:g}; set the algorithm's sparsity to the pattern's"
-            )
-        if (reason := self.algorithm.refuses(self.pattern)) is not None:
-            raise ValueError(reason)
 
     # -- what is -------------------------------------------------------------------------------------
     @property
@@ -215,44 +167,11 @@ class Sparsifier:
     def _after_backward(self) -> None:
         # Fused optimizers unscale inside their own step, and say here by how much; for others it is done already.
         scale = getattr(self.optimizer, "grad_scale", None)
+        active = self.algorithm.gradient == "active" and self.algorithm.due(self.step + 1)
         for held in self._held.values():
-            self._gather_gradient(held, scale)
-            self._add_penalty(held, scale)
-
-    def _gather_gradient(self, held: HeldLayer, scale: Tensor | None) -> None:
-        """Keep what the coming update looks at; afterwards gradients may be gone."""
-        held.gradient = None
-        if held.constraint.observer is not None:
-            gradient = held.take_dense_gradient()
-            if gradient is None and self._agreement.world > 1:  # not in this rank's loss: it still counts in the mean
-                gradient = torch.zeros_like(held.weight, dtype=torch.float32)
-            # Sharded gradients are reduced already.
-            if gradient is not None and not is_sharded(held.layer.weight):
-                self._agreement.mean_(gradient)
-        elif self.algorithm.gradient == "active" and self.algorithm.due(self.step + 1):
-            grad = held.layer.weight.grad
-            gradient = None if grad is None else local(grad).to(torch.float32, copy=True)
-        else:
-            return
-        if gradient is None:
-            return
-        if held.constraint.observer is not None:
-            # On the scale of what the optimizer is given: unscaled by now, and clipped.
-            squares = self._agreement.mean_(squared_norms(gradient, held.layer.weight.grad))
-            gradient *= ratio_of_norms(squares)
-        if scale is not None:
-            gradient /= scale
-        held.gradient = gradient
-
-    def _add_penalty(self, held: HeldLayer, scale: Tensor | None) -> None:
-        gradient = held.layer.weight.grad
-        if held.theta is None or gradient is None:
-            return
-        penalty = self.algorithm.penalty(held.weight, held.theta)
-        if penalty is not None:
-            if held.reach is not None:
-                held.reach.zero_(penalty, active=False)
-            local(gradient).add_(penalty if scale is None else penalty * scale)
+            held.gradient = gathered_gradient(held, self._agreement, active, scale)
+            if held.theta is not None:
+                add_penalty(held, self.algorithm, scale)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers skip inside their own step
