@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -71,8 +72,9 @@ def batch(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
 class Run:
     """One model under one rule, alone or with others."""
 
-    def __init__(self, rule: str, kind: str = "alone") -> None:
+    def __init__(self, rule: str, kind: str = "alone", frozen: bool = False) -> None:
         self.kind, self.model = kind, network()
+        self.model[2].weight.requires_grad_(not frozen)  # type: ignore[operator,union-attr]
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if kind != "alone" else (0, 1)
         self.run: nn.Module = self.model
         if kind == "ddp":
@@ -157,6 +159,21 @@ def accumulate(rank: int, folder: Path, kinds: list[str], rules: list[str]) -> N
             result = Run(rule, kind).go(micro=4).result()
             if rank == 0:
                 torch.save(result, folder / f"{kind}-micro-{rule}.pt")
+
+
+def freeze(rank: int, folder: Path, kinds: list[str], rules: list[str]) -> None:
+    """A layer that is in no rank's loss of a step."""
+    for kind in kinds:
+        for rule in rules:
+            result = frozen(rule, kind).go().result()
+            if rank == 0:
+                torch.save(result, folder / f"{kind}-frozen-{rule}.pt")
+
+
+def frozen(rule: str, kind: str = "alone") -> Run:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "1 of . selected weights are frozen")
+        return Run(rule, kind, frozen=True)
 
 
 def save_at(rank: int, folder: Path, kinds: list[str], rules: list[str], cut: int) -> None:

@@ -26,6 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (runs.train_all, (two, list(runs.RULES))),
         (runs.train_all, (["fsdp-bf16"], ["rigl", "resu"])),
         (runs.accumulate, (two, ["rigl", "snfs"])),
+        (runs.freeze, (two, ["rigl", "rigl-2:4"])),
         (runs.save_at, (two, RESUMED, CUT)),
         (runs.all_is_sharded, ()),
         (runs.disagree, ()),
@@ -65,6 +66,13 @@ def test_trap_26_so_are_four(results: Path, alone: dict[str, Any], kind: str, ru
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_trap_23_micro_batches_of_all_ranks_count(results: Path, alone: dict[str, Any], kind: str, rule: str) -> None:
     assert_alike(torch.load(results / f"{kind}-micro-{rule}.pt", weights_only=True), alone[rule])
+
+
+@pytest.mark.parametrize("rule", ["rigl", "rigl-2:4"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_layer_without_a_gradient_keeps_its_mask_on_every_rank(results: Path, kind: str, rule: str) -> None:
+    alone = runs.frozen(rule).go().result()
+    assert_alike(torch.load(results / f"{kind}-frozen-{rule}.pt", weights_only=True), alone)
 
 
 @pytest.mark.parametrize("rule", RESUMED)

@@ -336,7 +336,7 @@ def test_rules_follow_their_formula_on_any_layer(name, data):
         assert rows[rows > 0].max() - rows[rows > 0].min() <= 1
         return
     assert view.pattern.violations(new) == 0
-    if name == "mest-soft":
+    if name == "mest-soft" or (name == "snfs" and not view.momentum.any()):  # a layer without a gradient rests
         return
     size = view.weight.abs()
     if name == "mest":
@@ -427,3 +427,15 @@ def test_constant_fan_in_is_that_of_the_neurons_that_are_left():
     assert rule.violations(mask, row) == 0  # one row may hold one weight less
     mask[0] = True
     assert rule.violations(mask, row) > 0
+
+
+def test_snfs_leaves_a_layer_alone_that_never_had_a_gradient():
+    rule = SNFS(sparsity=0.5, alpha=0.5)
+    weight = torch.arange(1.0, 9).view(2, 4)
+    mask = table("..oo o.o.")
+    momenta = {"a": torch.ones(2, 4), "b": 3 * torch.ones(2, 4), "none": None, "zero": torch.zeros(2, 4)}
+    views = {name: view_of(weight, mask, 4, momentum=momentum) for name, momentum in momenta.items()}
+    # Two of four stay in a and b, and of the four that are free b gets three.
+    assert rule.redistribute(views) == {"a": 3, "b": 5, "none": 4, "zero": 4}
+    for name in ("none", "zero"):
+        assert torch.equal(rule.update_mask(views[name], 0.5, 4), mask)

@@ -61,8 +61,8 @@ def save(driver: Sparsifier) -> dict[str, Any]:
         found = {}
         for name, one in held.items():
             value, weight = getattr(one, attribute), one.layer.weight
-            # torch.distributed.checkpoint reads into what is there, so a sharded state has the same keys at every step.
-            if value is None and possible and is_sharded(weight):
+            # torch.distributed.checkpoint reads into what is there: among processes, the same keys at every step.
+            if value is None and possible and driver._agreement.group is not None:
                 value = torch.zeros_like(one.weight, dtype=dtype)
             if value is not None:
                 found[name] = shard_like(value.detach().clone(), weight)

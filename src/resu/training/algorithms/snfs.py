@@ -92,9 +92,10 @@ class SNFS(Algorithm):
     def redistribute(self, views: Mapping[str, View]) -> dict[str, int]:
         """What is free after all layers dropped, divided by the mean |momentum| of each layer's active weights."""
         keeps = {name: view.keep for name, view in views.items()}
-        if not self.redistribution or any(view.momentum is None for view in views.values()):
+        views = {name: view for name, view in views.items() if _moves(view)}  # the others keep what they have
+        if not self.redistribution or not views:
             return keeps
-        total = sum(keeps.values())
+        total = sum(keeps[name] for name in views)
         stay = {name: int(torch.count_nonzero(view.mask)) - self._dropped(view) for name, view in views.items()}
         means = {name: _mean_at(view.momentum, view.mask) for name, view in views.items()}
         mean = sum(means.values())
@@ -102,14 +103,20 @@ class SNFS(Algorithm):
         if free < 0 or mean == 0 or not math.isfinite(mean):
             return keeps
         quotas = {name: stay[name] + Fraction(means[name] / mean) * free for name in views}
-        return largest_remainder(total, quotas, {name: view.mask.numel() for name, view in views.items()})
+        return keeps | largest_remainder(total, quotas, {name: view.mask.numel() for name, view in views.items()})
 
     def update_mask(self, view: View, sparsity: float, step: int) -> Tensor:
         """Drop by magnitude, grow by momentum; without a momentum, keep what there is."""
-        if view.step == 0 or view.momentum is None:
+        if view.step == 0 or not _moves(view):
             return view.pattern.select(standing_scores(view, self.init), view.keep)
+        assert view.momentum is not None
         survive = min(view.keep, int(torch.count_nonzero(view.mask)) - self._dropped(view))
         return drop_and_grow(view, view.weight.abs(), view.momentum.abs(), survive)
+
+
+def _moves(view: View) -> bool:
+    """Whether the layer ever had a gradient (a state among processes writes 0 where there is no momentum yet)."""
+    return view.momentum is not None and bool(view.momentum.any())
 
 
 def _mean_at(momentum: Tensor | None, mask: Tensor) -> float:
