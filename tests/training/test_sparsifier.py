@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resu.core.mask import SparseMask
-from resu.training import RESU, Algorithm, Magnitude, Sparsifier, Static
+from resu.training import RESU, SET, SNFS, Algorithm, Magnitude, RigL, Sparsifier, Static
 from tests.training.helpers import batches, convnet, fit, loss_of, mlp
 
 OPTIMIZERS = {
@@ -526,3 +526,29 @@ def test_an_optimizer_may_come_wrapped() -> None:
     zeros_are_exact(model, sparsifier)
     with pytest.raises(TypeError, match=r"steps of a torch\.optim\.Optimizer, and object holds none"):
         Sparsifier(mlp(), object(), Static(sparsity=0.5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_only_shows_the_optimizers_state_is_none(make: type[torch.optim.Optimizer]) -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = mlp()
+    optimizer = make(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    sparsifier = Sparsifier(model, optimizer, RESU(sparsity=0.8, interval=1, initial_sparsity=None))
+    before = sparsifier.masks
+    get_state_dict(model, optimizer)  # takes a step at learning rate 0 with gradients of 0
+    assert sparsifier.step == 0
+    assert sparsifier.masks == before
+    optimizer.param_groups[0]["lr"] = 0.0  # the first step of a warm-up is one
+    fit(model, optimizer, batches(1))
+    assert sparsifier.step == 1
+
+
+@pytest.mark.parametrize("kind", [SET, RigL, SNFS])
+def test_a_schedule_without_room_for_an_update_is_said(kind: type[Algorithm]) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="interval 100 and end_step 50 the mask never moves"):
+        Sparsifier(model, optimizer, kind(sparsity=0.9, end_step=50))
+    with pytest.raises(TypeError, match=r"alpha must be a number in \[0, 1\], got '0\.3' of type str"):
+        kind(sparsity=0.9, alpha="0.3")  # type: ignore[call-arg]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from resu.core.sharding import is_sharded, local
 from resu.training.agreement import Agreement
@@ -11,7 +14,19 @@ from resu.training.algorithms.base import Algorithm
 from resu.training.held_layer import HeldLayer
 from resu.training.observer import ratio_of_norms, squared_norms
 
-__all__ = ["add_penalty", "gathered_gradient"]
+__all__ = ["add_penalty", "gathered_gradient", "is_no_step"]
+
+
+def is_no_step(optimizer: Optimizer, held: Iterable[HeldLayer]) -> bool:
+    """Whether an optimizer is stepped only to make it show its state, as ``get_state_dict`` of torch does.
+
+    It has no state, every learning rate is 0 and every gradient too: nothing moves, and nothing was learned from. The
+    first step of a warm-up has gradients.
+    """
+    if optimizer.state or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [one.layer.weight.grad for one in held]
+    return not any(gradient is not None and bool(local(gradient).any()) for gradient in gradients)
 
 
 def gathered_gradient(held: HeldLayer, agreement: Agreement, active: bool, scale: Tensor | None) -> Tensor | None:

@@ -24,7 +24,7 @@ from resu.training.budget import keeps_at
 from resu.training.closures import after_backward
 from resu.training.divergence import divergence_told
 from resu.training.driver_checks import check_layers, check_rule
-from resu.training.gradients import add_penalty, gathered_gradient
+from resu.training.gradients import add_penalty, gathered_gradient, is_no_step
 from resu.training.held_layer import HeldLayer
 from resu.training.report import SparsityReport, make_report
 from resu.training.wrappers import plain_optimizer, unwrap
@@ -100,7 +100,7 @@ class Sparsifier:
         self.pattern = get_pattern(pattern)
         self.seed = seed
         self.step = 0
-        self._ended = False
+        self._ended = self._only_shapes = False
         self.layers = select(self.model, include, exclude)
         self._agreement = Agreement(model, process_group)
         self.distribution = check_rule(algorithm, self.pattern, distribution, self.layers)
@@ -149,6 +149,9 @@ class Sparsifier:
 
     # -- the step ------------------------------------------------------------------------------------
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._only_shapes = is_no_step(optimizer, self._held.values())
+        if self._only_shapes:
+            return None
         for name, where in self._unclear.items():
             clear_state(optimizer, self.layers[name].weight, where)
         self._unclear = {}
@@ -175,7 +178,7 @@ class Sparsifier:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers skip inside their own step
-        if isinstance(found_inf, Tensor) and bool(found_inf):
+        if self._only_shapes or (isinstance(found_inf, Tensor) and bool(found_inf)):
             return
         self._undo = None
         self.step += 1
@@ -216,7 +219,8 @@ class Sparsifier:
         watched = remembers or (due and rule.gradient == "dense")
         # Whether the coming step has something to do before the optimizer: most have not.
         self._looks = watched or due or (learning and type(rule).penalty is not Algorithm.penalty)
-        self._moved = self.step > 0 and rule.clears_state and rule.due(self.step)
+        corrects = any("betas" in group for group in self.optimizer.param_groups)
+        self._moved = corrects and self.step > 0 and rule.clears_state and rule.due(self.step)
         for held in self._held.values():
             if learning and held.theta is None:
                 held.theta = torch.zeros_like(held.weight)

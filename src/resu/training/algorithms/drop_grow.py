@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ def check_init(init: str) -> None:
 
 
 def check_fraction(value: float, name: str) -> None:
-    """Raise ``ValueError`` unless it lies in [0, 1]."""
+    """Raise unless it is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r} of type {type(value).__name__}")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
 

@@ -31,7 +31,7 @@ class RESU(Algorithm):
 
     While θ learns, ``weight.grad`` is dense: a gradient norm taken of it (clipping) covers pruned positions too.
 
-    Give ``end_step``: 0.7 of the run in one shot, 0.9 with a ramp. Without it the mask never settles. A step costs what
+    Give ``end_step``: about 0.85 of the run. Without it the mask never settles. A step costs what
     masked training costs on dense hardware plus, when due, one selection over all weights
     (``benchmarks/bench_sparsifier.py``); θ is one more value per weight.
 
@@ -105,8 +105,8 @@ class RESU(Algorithm):
         return ramp(initial, self.sparsity, self.begin_step, end)(step)
 
     def learning(self, step: int) -> bool:
-        """Until the mask is frozen."""
-        return self.end_step is None or step < self.end_step
+        """From the first tournament until the mask is frozen."""
+        return step >= self.begin_step and (self.end_step is None or step < self.end_step)
 
     def scores(self, view: View) -> Tensor:
         """|W| at active and |θ| at pruned positions."""

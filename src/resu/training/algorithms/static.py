@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from resu.training.algorithms.base import Algorithm, View, algorithms
+from resu.training.algorithms.drop_grow import check_init, initial_scores
 
 __all__ = ["Static"]
 
@@ -30,8 +30,7 @@ class Static(Algorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init not in ("random", "magnitude"):
-            raise ValueError(f"init must be 'random' or 'magnitude', got {self.init!r}")
+        check_init(self.init)
 
     def target(self, step: int) -> float:
         """0 before ``begin_step``, then the final sparsity."""
@@ -43,8 +42,4 @@ class Static(Algorithm):
 
     def scores(self, view: View) -> Tensor:
         """|w|, or uniform random numbers."""
-        if self.init == "magnitude":
-            return view.weight.abs()
-        # Drawn in float64 on the CPU: no ties, and the same mask on every device.
-        draw = torch.rand(view.weight.shape, generator=view.generator, dtype=torch.float64)
-        return draw.to(view.weight.device)
+        return initial_scores(view, self.init)

@@ -24,7 +24,7 @@ class TopKAST(Algorithm):
     The forward uses the D·n weights of largest |θ| of a layer (set A); the optimizer also learns the next M·n (set B
     holds both) from the gradient of that sparse forward; what lies outside B keeps its value. Sets are chosen anew
     every ``interval`` steps. The exploration regularizer adds the gradient of ``λ·|θ|`` in A and of ``λ·|θ|/D`` in B
-    outside A (eq. 4), so that weights that are not used must be wanted to stay.
+    outside A, so that weights that are not used must be wanted to stay.
 
     Cost: forward at density D, backward at D + M; on dense hardware that of masked training, and pruned values are kept
     (4 bytes per weight). Fails: with M near 0 nothing is explored. Differs from the authors' code: exact counts, and
