@@ -110,6 +110,7 @@ def draw_flops(axes: Any, board: Board, methods: Sequence[str]) -> None:
             label=name,
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
+            linestyle="--" if index // len(COLOURS) % 2 else "-",
             markersize=5,
             linewidth=1.4,
         )
