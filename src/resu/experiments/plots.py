@@ -119,7 +119,8 @@ def draw_accuracy(
             yerr=[low, high],
             label=name,
             color=COLOURS[index % len(COLOURS)],
-            # Where colours come again, markers do not come with them.
+            # Where colours come again, markers do not come with them, and lines are dashed.
+            linestyle="--" if index // len(COLOURS) % 2 else "-",
             marker=MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
             markersize=5,
             linewidth=1.6,
