@@ -70,6 +70,7 @@ def _worker(rank, port, folder):
             run = nn.parallel.DistributedDataParallel(model)
             state = _train(model, run, mode, [_batch(rank, step) for step in range(STEPS)])
             torch.save(state, os.path.join(folder, f"{mode}-{rank}.pt"))
+        torch.distributed.barrier()  # a rank that is done must not take its group from one that is not
     finally:
         torch.distributed.destroy_process_group()
 

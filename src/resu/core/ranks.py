@@ -69,5 +69,6 @@ def joined() -> Iterator[Ranks]:
     torch.distributed.init_process_group("gloo")
     try:
         yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        torch.distributed.barrier()  # a process that is done must not take the group from one that is not
     finally:
         torch.distributed.destroy_process_group()

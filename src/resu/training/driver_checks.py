@@ -75,11 +75,4 @@ def check_rule(
         )
     if (reason := algorithm.refuses(pattern)) is not None:
         raise ValueError(reason)
-    last = algorithm.end_step
-    if last is not None and algorithm.interval >= last > 0 and not any(map(algorithm.due, range(1, last + 1))):
-        warnings.warn(
-            f"with interval {algorithm.interval} and end_step {last} the mask never moves after the first one; give an "
-            "interval below end_step, or use Static",
-            stacklevel=3,
-        )
     return "uniform" if isinstance(pattern, NM) and isinstance(distribution, str) else distribution

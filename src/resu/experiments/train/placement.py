@@ -100,6 +100,7 @@ def _group(device: torch.device, world: int) -> Iterator[None]:
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+        torch.distributed.barrier()  # a process that is done must not take the group from one that is not
     finally:
         torch.distributed.destroy_process_group()
 
