@@ -269,17 +269,22 @@ def _owned(optimizer: Optimizer) -> list[tuple[Constraint, dict[str, Any]]]:
 
 
 def _mask_waiting(task: int) -> None:
-    plain = []
+    plain, observed = [], []
     for constraint in reversed(_waiting.pop(task, [])):  # the last one may still be in the caches
         parameter = constraint._parameter()
         if parameter is None or constraint._hook is None:  # gone, or let go of
             continue
         grad = parameter.grad
-        if constraint.observer is None and constraint.kind == "zero" and grad is not None and not grad.is_sparse:
-            plain.append((constraint._passed(grad), grad))
-        else:
+        if grad is None or grad.is_sparse or constraint.kind != "zero" or not constraint.mask_gradient:
             constraint._mask_gradient(parameter)
+            continue
+        if constraint.observer is not None:
+            constraint.observer.before(grad)
+            observed.append((constraint.observer, grad))
+        plain.append((constraint._passed(grad), grad))
     apply_all_(plain)
+    for observer, grad in observed:
+        observer.after(grad)
 
 
 def _pre_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -100,14 +100,6 @@ class HeldLayer:
         else:
             self.update_work += self.reached if self.reach is not None else self.keep
 
-    @property
-    def gradient_is_as_caught(self) -> bool:
-        """Whether nobody has written to the gradient since it was caught: it was not unscaled, not clipped."""
-        grad, seen = self.layer.weight.grad, self._observer
-        if grad is None or grad._base is not None or seen._last is None or seen._last() is not grad:
-            return False
-        return grad._version == seen._version
-
     def take_dense_gradient(self) -> Tensor | None:
         """What was caught of the step's dense gradient, in the order of the local part.
 
