@@ -25,7 +25,10 @@ OVERVIEW = PAGE.split("## Which one")[1].split("\n## ")[0]
 
 
 def test_every_rule_has_a_card_and_a_row_in_both_tables():
-    names = {algorithms[name].__name__ for name in algorithms}
+    kinds = [algorithms[name] for name in algorithms]
+    names = {
+        kind.__name__ for kind in kinds if kind.__module__.startswith("resu.")
+    }  # pages register rules of their own
     assert set(CARDS) == names
     assert {row[0].split("(")[0] for row in ROWS[2:]} == names
     assert set(re.findall(r"^\| \[`(\w+)`\]", OVERVIEW, flags=re.MULTILINE)) == names
