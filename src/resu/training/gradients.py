@@ -58,7 +58,8 @@ def _dense(held: HeldLayer, agreement: Agreement) -> Tensor | None:
         gradient = torch.zeros_like(held.weight, dtype=torch.float32)  # it still counts in the mean
     if not is_sharded(held.layer.weight):  # sharded gradients are reduced already
         agreement.mean_(gradient)
-    given = held.layer.weight.grad
+    grad = held.layer.weight.grad
+    given = None if grad is None else local(grad)
     if agreement.world == 1 and given is not None and given.is_cpu and _is_part(given, gradient):
         return gradient  # as it was caught
     squares = squared_norms(gradient, given)
