@@ -327,7 +327,7 @@ def write(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]], appe
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="steps of each network (default: 80 of resnet20, 400 of gpt)")
+    parser.add_argument("--rounds", type=int, help="steps of each network (default: 64 of resnet20, 240 of gpt)")
     parser.add_argument("--interval", type=int, default=8, help="steps between updates")
     parser.add_argument("--networks", nargs="+", choices=list(BATCHES), default=list(BATCHES))
     parser.add_argument("--batch", type=int, nargs="+", help="instead of 64 and 128, or 16 for gpt")
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     rounds, append = options.rounds, options.append
     facts = options.out.with_name(f"{options.out.stem}_facts.csv")
     for name in options.networks:
-        options.rounds = rounds or {"resnet20": 80, "gpt": 400}[name]
+        options.rounds = rounds or {"resnet20": 64, "gpt": 240}[name]
         for optimizer in options.optimizers:
             write(facts, FACTS, facts_of(name, optimizer, options), append)
             for batch in options.batch or BATCHES[name]:
