@@ -16,7 +16,6 @@ decay still move a weight.
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from typing import Any, Protocol
 
@@ -142,7 +141,7 @@ class Constraint:
             self._mask_gradient(parameter)
         elif waiting is not None:
             waiting.append(self)
-        elif task < 0 or _reduced_or_compiled():
+        elif task < 0 or (dist.is_available() and dist.is_initialized()):  # a reducer takes it before the pass ends
             self._mask_gradient(parameter)
         else:
             _waiting.setdefault(task, []).append(self)
@@ -267,14 +266,6 @@ def _owned(optimizer: Optimizer) -> list[tuple[Constraint, dict[str, Any]]]:
     return [
         (one, group) for group in optimizer.param_groups for p in group["params"] if id(p) in _live for one in _of(p)
     ]
-
-
-def _reduced_or_compiled() -> bool:
-    """Whether gradients are taken before the pass ends (a reducer does), or its end is not told (compiled autograd)."""
-    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
-    if compiled is not None and compiled.in_compiled_autograd_region:
-        return True
-    return dist.is_available() and dist.is_initialized()
 
 
 def _mask_waiting(task: int) -> None:
