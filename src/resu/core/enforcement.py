@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -134,6 +135,9 @@ class Constraint:
         small ones here would take several times as long as they do in a row at its end.
         """
         if not (self.mask_gradient or self.observer):
+            return
+        if is_dynamo_compiling():  # compiled autograd does not tell when a pass ends
+            torch.compiler.disable(self._mask_gradient)(parameter)
             return
         task = torch._C._current_graph_task_id()  # -1: no backward pass of autograd's own
         waiting = _waiting.get(task)
@@ -288,6 +292,9 @@ def _mask_waiting(task: int) -> None:
 
 
 def _pre_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if is_dynamo_compiling():  # a decorator would import the compiler for all
+        torch.compiler.disable(_pre_step)(optimizer, args, kwargs)
+        return
     for task in list(_waiting):  # a step within a backward pass, or one that has failed
         _mask_waiting(task)
     for constraint, group in _owned(optimizer):
@@ -295,6 +302,9 @@ def _pre_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _post_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if is_dynamo_compiling():
+        torch.compiler.disable(_post_step)(optimizer, args, kwargs)
+        return
     owned = reversed(_owned(optimizer))  # as in _mask_waiting
     apply_all_([(one.mask, here) for one, _ in owned if (here := one._after_step()) is not None])
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
 from resu.core.counting import check_finite, keep_count, top_k_mask
 
@@ -76,7 +77,7 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     rows, columns = _rows(shape)
     if packed.numel() == 0:
         return torch.zeros(tuple(shape), dtype=torch.bool, device=packed.device)
-    if packed.device.type == "cpu":  # faster there
+    if packed.device.type == "cpu" and not is_dynamo_compiling():  # faster there
         zero_or_one = np.unpackbits(packed.numpy().reshape(rows, -1), axis=-1, count=columns, bitorder="little")
         return torch.from_numpy(zero_or_one).view(torch.bool).view(tuple(shape))
     # One table look-up of eight bytes per packed byte is several times cheaper than shifting bit by bit.
@@ -99,8 +100,8 @@ def count_bits(packed: Tensor) -> Tensor:
 
 
 def _wordwise(x: Tensor) -> bool:
-    """Whether ``x`` can be edited as integers of its own size on the CPU."""
-    return x.dtype in _WORD and x.is_cpu and x.is_contiguous()
+    """Whether ``x`` can be edited as integers of its own size on the CPU, by numpy, which is not compiled."""
+    return x.dtype in _WORD and x.is_cpu and x.is_contiguous() and not is_dynamo_compiling()
 
 
 def _ones(packed: np.ndarray[Any, Any], columns: int, active: bool) -> np.ndarray[Any, Any]:
@@ -420,8 +421,9 @@ def apply_all_(pairs: Iterable[tuple[SparseMask, Tensor]]) -> None:
     this makes as few as there can be.
     """
     done = []
+    known = {} if is_dynamo_compiling() else _WORD  # as _wordwise
     for mask, x in pairs:
-        shape, word = mask._shape, _WORD.get(x.dtype)
+        shape, word = mask._shape, known.get(x.dtype)
         if word is None or not x.is_cpu or not x.is_contiguous() or x.shape != shape or shape.numel() > CHUNK:
             mask.apply_(x)
             continue

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 from resu.core.counting import check_sparsity
@@ -149,6 +150,8 @@ class Sparsifier:
 
     # -- the step ------------------------------------------------------------------------------------
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if is_dynamo_compiling():  # a decorator would import the compiler for all
+            return torch.compiler.disable(self._before_step)(optimizer, args, kwargs)  # type: ignore[no-any-return]
         self._only_shapes = is_no_step(optimizer, self._held.values())
         if self._only_shapes:
             return None
@@ -177,6 +180,9 @@ class Sparsifier:
                 add_penalty(held, self.algorithm, scale)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_dynamo_compiling():
+            torch.compiler.disable(self._after_step)(optimizer, args, kwargs)
+            return
         found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers skip inside their own step
         if self._only_shapes or (isinstance(found_inf, Tensor) and bool(found_inf)):
             return
