@@ -13,90 +13,20 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
+from resu.core.bits import CHUNK, count_bits, pack_bits, rows_of, unpack_bits
 from resu.core.counting import check_finite, keep_count, top_k_mask
 
-__all__ = ["SparseMask", "apply_all_", "count_bits", "pack_bits", "unpack_bits"]
+__all__ = ["CHUNK", "SparseMask", "apply_all_", "count_bits", "pack_bits", "unpack_bits"]
 
-# Eight 0/1 bytes b0..b7 read as one little-endian int64, times this constant, have
-# b0 + 2*b1 + … + 128*b7 in their top byte: packing without a temporary per bit.
-_GATHER = 0x0102040810204080
-_EXPAND: dict[torch.device, Tensor] = {}
 # What is edited on the CPU as integers of its own size.
 _WORD = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.int16, torch.uint16), torch.int16),
     **dict.fromkeys((torch.float32, torch.int32, torch.uint32), torch.int32),
     **dict.fromkeys((torch.float64, torch.int64, torch.uint64), torch.int64),
 }
-# Weights handled at a time by loops over rows: what they need beside the weight stays in the second-level
-# cache.
-CHUNK = 1 << 18
 # Up to this many weights a mask that is laid on at every step remembers its bits unpacked, a byte per weight: to unpack
 # them costs as much there as to use them.
 _SMALL = 1 << 16
-
-
-def _rows(shape: Sequence[int]) -> tuple[int, int]:
-    """A weight of any shape seen as ``[rows, columns]``: first dimension by the rest."""
-    if len(shape) == 0:
-        return 1, 1
-    if len(shape) == 1:
-        return 1, shape[0]
-    return shape[0], math.prod(shape[1:])
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool tensor to bits: rows padded to a byte, little bit order.
-
-    Args:
-        mask: Bool, any shape; seen as ``[rows, columns]`` with rows the first dimension.
-
-    Returns:
-        uint8 ``[rows, ceil(columns / 8)]``, equal to
-        ``numpy.packbits(mask2d, axis=-1, bitorder="little")``.
-
-    Example:
-        >>> pack_bits(torch.tensor([[True, False, True]]))
-        tensor([[5]], dtype=torch.uint8)
-    """
-    rows, columns = _rows(mask.shape)
-    bits = mask.reshape(rows, columns)
-    if bits.device.type == "cpu":  # faster there
-        return torch.from_numpy(np.packbits(bits.numpy(), axis=-1, bitorder="little"))
-    if columns % 8:
-        bits = torch.nn.functional.pad(bits, (0, 8 - columns % 8))
-    if bits.numel() == 0:
-        return torch.zeros(rows, bits.shape[1] // 8, dtype=torch.uint8, device=mask.device)
-    bits = bits.contiguous()
-    if bits.storage_offset() % 8:  # a view into a larger tensor may start anywhere
-        bits = bits.clone()
-    return ((bits.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)  # the cast keeps the low byte
-
-
-def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Inverse of :func:`pack_bits`: bool tensor of ``shape``."""
-    rows, columns = _rows(shape)
-    if packed.numel() == 0:
-        return torch.zeros(tuple(shape), dtype=torch.bool, device=packed.device)
-    if packed.device.type == "cpu" and not is_dynamo_compiling():  # faster there
-        zero_or_one = np.unpackbits(packed.numpy().reshape(rows, -1), axis=-1, count=columns, bitorder="little")
-        return torch.from_numpy(zero_or_one).view(torch.bool).view(tuple(shape))
-    # One table look-up of eight bytes per packed byte is several times cheaper than shifting bit by bit.
-    words = _expansion(packed.device).index_select(0, packed.reshape(-1).to(torch.int32))
-    bits = words.view(torch.bool).view(rows, -1)
-    return bits[:, :columns].contiguous().view(tuple(shape))
-
-
-def count_bits(packed: Tensor) -> Tensor:
-    """How many bits of each row are set: int64 ``[rows]`` from uint8 ``[rows, bytes]``; nothing is unpacked.
-
-    Example:
-        >>> count_bits(torch.tensor([[255, 1], [0, 6]], dtype=torch.uint8))
-        tensor([9, 2])
-    """
-    # Adds neighbouring bits, then pairs, then halves, all within their byte.
-    pairs = packed - ((packed >> 1) & 0x55)
-    halves = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    return ((halves + (halves >> 4)) & 0x0F).sum(dim=-1, dtype=torch.int64)
 
 
 def _wordwise(x: Tensor) -> bool:
@@ -108,16 +38,6 @@ def _ones(packed: np.ndarray[Any, Any], columns: int, active: bool) -> np.ndarra
     """int8 ``[rows, columns]`` with all bits set at active (or else pruned) positions."""
     bits = np.unpackbits(packed, -1, columns, "little").view(np.int8)
     return np.negative(bits, bits) if active else np.subtract(bits, 1, bits)
-
-
-def _expansion(device: torch.device) -> Tensor:
-    table = _EXPAND.get(device)
-    if table is None:
-        byte = torch.arange(256, dtype=torch.int64)
-        bits = (byte[:, None] >> torch.arange(8)) & 1
-        table = (bits << (8 * torch.arange(8))).sum(dim=1).to(device)
-        _EXPAND[device] = table
-    return table
 
 
 class SparseMask:
@@ -159,7 +79,7 @@ class SparseMask:
         Raises:
             ValueError: If the size does not fit, or padding bits are set (a sign of damage).
         """
-        rows, columns = _rows(shape)
+        rows, columns = rows_of(shape)
         expected = (rows, -(-columns // 8))
         if packed.dtype != torch.uint8 or tuple(packed.shape) != expected:
             raise ValueError(
@@ -341,13 +261,13 @@ class SparseMask:
         """``x`` as integers of its own size, ``[rows, columns]``, in the same memory."""
         words = x.detach().view(_WORD[x.dtype])
         if self._by_torch():
-            return words.view(_rows(self._shape))
+            return words.view(rows_of(self._shape))
         numbers = words.numpy()
-        return numbers if numbers.ndim == 2 else numbers.reshape(_rows(self._shape))
+        return numbers if numbers.ndim == 2 else numbers.reshape(rows_of(self._shape))
 
     def _chunks(self, *, active: bool) -> Iterator[tuple[slice, Any]]:
         """Row slices with an int8 ``[rows, columns]`` that has all bits set at active (or else pruned) positions."""
-        n_rows, columns = _rows(self._shape)
+        n_rows, columns = rows_of(self._shape)
         step, packed, by_torch = max(1, CHUNK // max(columns, 1)), self._packed.numpy(), self._by_torch()
         for start in range(0, n_rows, step):
             rows = slice(start, min(start + step, n_rows))
@@ -358,7 +278,7 @@ class SparseMask:
         """The bits of active positions as :func:`_ones` gives them; those of a small mask are kept."""
         if self._unpacked is not None:
             return self._unpacked
-        ones = _ones(self._packed.numpy(), _rows(self._shape)[1], active=True)
+        ones = _ones(self._packed.numpy(), rows_of(self._shape)[1], active=True)
         if self._shape.numel() <= _SMALL:
             self._unpacked = ones
         return ones
@@ -429,7 +349,7 @@ def apply_all_(pairs: Iterable[tuple[SparseMask, Tensor]]) -> None:
             continue
         words = x.detach().view(word).numpy()
         if words.ndim != 2:
-            words = words.reshape(_rows(shape))
+            words = words.reshape(rows_of(shape))
         ones = mask._unpacked
         np.bitwise_and(words, mask._remembered() if ones is None else ones, words)
         done.append(x)
