@@ -498,6 +498,16 @@ def test_a_second_driver_takes_over_after_commit() -> None:
     assert sum(int((model.get_parameter(n) == 0).sum()) for n in second.masks) == 800
 
 
+def test_a_state_is_not_loaded_into_a_committed_driver() -> None:
+    model = nn.Linear(8, 8)
+    sparsifier = Sparsifier(model, torch.optim.SGD(model.parameters(), lr=0.1), Static(sparsity=0.5))
+    state = sparsifier.state_dict()
+    sparsifier.commit()
+    assert sparsifier.committed
+    with pytest.raises(RuntimeError, match=r"holds nothing since commit\(\)"):
+        sparsifier.load_state_dict(state)
+
+
 def test_a_second_commit_changes_nothing() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -83,8 +83,9 @@ class SparsityCallback(Callback):
         if stage == "fit":
             release(self._sparsifier)
         # Weights that are loaded to be tested are ours, if the module is: the masks go with them.
-        same = self._sparsifier is not None and self._sparsifier.model is unwrap(pl_module)
-        self._follows = stage != "fit" and same
+        driver = self._sparsifier
+        holds = driver is not None and not driver.committed and driver.model is unwrap(pl_module)
+        self._follows = stage != "fit" and holds
 
     def state_dict(self) -> dict[str, Any]:
         """That of the driver; Lightning asks on every rank."""

@@ -61,6 +61,7 @@ class Sparsifier:
 
     Attributes:
         step: Optimizer steps done.
+        committed: Whether :meth:`commit` was called: nothing is held any more.
 
     Raises:
         TypeError: If there is no rule, or no optimizer of torch.
@@ -101,7 +102,7 @@ class Sparsifier:
         self.pattern = get_pattern(pattern)
         self.seed = seed
         self.step = 0
-        self._ended = self._only_shapes = False
+        self.committed = self._only_shapes = False
         self.layers = select(self.model, include, exclude)
         self._agreement = Agreement(model, process_group)
         self.distribution = check_rule(algorithm, self.pattern, distribution, self.layers)
@@ -211,7 +212,7 @@ class Sparsifier:
     def prune_to(self, sparsity: float) -> None:
         """Update the topology now, between two steps, to ``sparsity``; the schedule goes on as before."""
         check_sparsity(sparsity)
-        if self._ended:
+        if self.committed:
             raise RuntimeError("this Sparsifier holds nothing since commit(); make another one to prune further")
         self._update(sparsity)
         self._prepare()
@@ -338,11 +339,8 @@ class Sparsifier:
         if last != version:  # somebody has written to it since
             where, value = where[:0], value[:0]
         fresh = torch.isin(changed, where, invert=True)
-        self._undo[name] = (
-            torch.cat([where, changed[fresh]]),
-            torch.cat([value, before[fresh]]),
-            held.weight._version,
-        )
+        joined = torch.cat([where, changed[fresh]]), torch.cat([value, before[fresh]])
+        self._undo[name] = *joined, held.weight._version
 
     @torch.no_grad()
     def _give_back(self) -> None:
@@ -362,7 +360,7 @@ class Sparsifier:
         Returns:
             The final masks.
         """
-        if not self._ended:
+        if not self.committed:
             for held in self._held.values():
                 held.constraint.enforce()
             self._release()
@@ -375,7 +373,7 @@ class Sparsifier:
         )
 
     def _release(self) -> None:
-        self._ended = True
+        self.committed = True
         for held in self._held.values():
             held.constraint.remove()
             held.theta = held.momentum = held.gradient = None
@@ -395,5 +393,6 @@ class Sparsifier:
 
         Raises:
             ValueError: If the state is of another algorithm, other settings or other layers; nothing has changed then.
+            RuntimeError: After :meth:`commit`.
         """
         driver_state.load(self, state)
