@@ -19,11 +19,12 @@ from resu.core.enforcement import is_held
 from resu.core.mask import SparseMask
 from resu.core.pattern import Unstructured
 from resu.core.quantization import pack_codes, quantize
-from resu.core.resurrection import active_checksum, gather_active, init_theta, scatter_theta_, sigma_active
+from resu.core.resurrection import active_checksum, gather_active, scatter_theta_
 from resu.core.selective import SelectionConfig
 from resu.modules import self_update
 from resu.modules.held import HeldWeight
 from resu.modules.settings import FrozenWeightError, ModeError, RESUMode, Settings
+from resu.modules.theta_start import start_theta
 
 __all__ = ["FrozenWeightError", "ModeError", "RESUMode", "RESUModule"]
 
@@ -120,6 +121,8 @@ class RESUModule(HeldWeight):
         use_selective: bool = False,
         selective_config: SelectionConfig | None = None,
         lr: float = 1e-4,
+        *,
+        init: str | Tensor = "normal",
     ) -> None:
         """Freeze the active weights and give pruned positions θ ~ N(0, (ε·σ_active)²); mode becomes RESU.
 
@@ -131,6 +134,8 @@ class RESUModule(HeldWeight):
             use_selective: Whether :meth:`resu_step` moves selected coordinates only.
             selective_config: How it selects.
             lr: Step size of :meth:`resu_step`.
+            init: What θ starts at: ``"normal"`` as above, ``"zeros"``, or values ``[p]`` (:func:`start_theta
+                <resu.modules.theta_start.start_theta>`). Not looked at where the layer is in the mode already.
 
         Raises:
             ModeError: Unless SPARSE (in RESU mode with the same settings it does nothing).
@@ -146,7 +151,7 @@ class RESUModule(HeldWeight):
         if self._reentered("enter_resu_mode", settings):
             return
         mask, weight = self._known_mask(), self.weight
-        theta = init_theta(mask, sigma_active(weight, mask), epsilon, weight.dtype, weight.device)
+        theta = start_theta(init, weight, mask, epsilon, weight.dtype)
         self._leave()
         self._settings = settings
         self._waiting_trains = weight.requires_grad
@@ -164,6 +169,7 @@ class RESUModule(HeldWeight):
         qscheme: str = "per_channel",
         *,
         theta_dtype: torch.dtype | None = None,
+        init: str | Tensor = "normal",
     ) -> None:
         """Quantize and freeze the active weights, free the dense weight, give pruned positions θ; mode QRESU.
 
@@ -172,6 +178,7 @@ class RESUModule(HeldWeight):
             epsilon: Size of θ's start values relative to the active weights.
             qscheme: ``"per_channel"`` (a scale per output row) or ``"per_tensor"``.
             theta_dtype: Dtype of θ; that of the weight by default.
+            init: What θ starts at, as in :meth:`enter_resu_mode`.
 
         Raises:
             ModeError: Unless SPARSE (in QRESU mode with the same settings it does nothing).
@@ -186,6 +193,7 @@ class RESUModule(HeldWeight):
                 epsilon=epsilon,
                 theta_dtype=theta_dtype or self.weight_dtype,
             ),
+            init,
         )
 
     def enter_qresu_selective_mode(
@@ -198,6 +206,7 @@ class RESUModule(HeldWeight):
         weight_decay: float = 0.0,
         *,
         theta_dtype: torch.dtype | None = None,
+        init: str | Tensor = "normal",
     ) -> None:
         """Like :meth:`enter_qresu_mode`, and the layer updates θ itself as each gradient arrives; mode
         QRESU_SELECTIVE.
@@ -215,6 +224,7 @@ class RESUModule(HeldWeight):
             lr: Step size.
             weight_decay: Decay of selected coordinates.
             theta_dtype: Dtype of θ; that of the weight by default.
+            init: What θ starts at, as in :meth:`enter_resu_mode`.
 
         Raises:
             ModeError: Unless SPARSE (in this mode with the same settings it does nothing).
@@ -232,9 +242,10 @@ class RESUModule(HeldWeight):
                 selective_config=selective_config or SelectionConfig(),
                 theta_dtype=theta_dtype or self.weight_dtype,
             ),
+            init,
         )
 
-    def _enter_quantized(self, call: str, settings: Settings) -> None:
+    def _enter_quantized(self, call: str, settings: Settings, init: str | Tensor) -> None:
         if self._reentered(call, settings):
             return
         if self._shared_with:
@@ -243,10 +254,9 @@ class RESUModule(HeldWeight):
                 "dense weight is freed; exclude the layer or use enter_resu_mode()"
             )
         mask, weight = self._known_mask(), self.weight
-        sigma = sigma_active(weight, mask)
+        theta = start_theta(init, weight, mask, settings.epsilon, settings.theta_dtype)
         quantized = quantize(weight, settings.bits, settings.qscheme, mask.mask)
         codes = pack_codes(gather_active(quantized.codes, mask), settings.bits)
-        theta = init_theta(mask, sigma, settings.epsilon, settings.theta_dtype, weight.device)
         self._install_quantized(settings, mask, codes, quantized.scale, quantized.zero, theta)
 
     def _reentered(self, call: str, settings: Settings) -> bool:
