@@ -13,6 +13,7 @@ from torch import Tensor
 from resu.core.mask import SparseMask
 from resu.core.mask_files import read_masks
 from resu.formats.bitmask import check_24, pack_compressed
+from resu.formats.compressed_config import sparsity_config, with_sparsity_config, without_sparsity_config
 from resu.formats.files import check_masked
 from resu.formats.shards import is_packed
 from resu.formats.stored import Stored
@@ -50,6 +51,8 @@ class Plan:
         shards = self.stored.shards
 
         def place(name: str) -> str:
+            if name in self.stored.quantized:
+                return shards.file_of(f"{self.stored.quantized[name]}weight_packed")
             return shards.file_of(f"{self.stored.packed[name]}compressed" if name in self.stored.packed else name)
 
         return [name for name in self.stored.names if place(name) == file]
@@ -78,15 +81,37 @@ class Plan:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The values of :meth:`parts`, read and checked."""
+        weight = self.dense(name)
+        if name not in self.packed:
+            return {name: weight}
+        prefix = name.removesuffix("weight")
+        parts = pack_compressed(weight, self.masks[name], self.layout)
+        return {prefix + part: value for part, value in parts.items()}
+
+    def dense(self, name: str) -> Tensor:
+        """A weight as it is now, checked to be zero where its mask prunes; no -0.0 there."""
         weight, _ = self.stored.read(name)
         mask = self.masks.get(name)
         if mask is None:
-            return {name: weight}
+            return weight
         check_masked(name, weight, mask)
-        if name not in self.packed:
-            return {name: mask.apply_(weight)}  # no -0.0 where it is pruned
-        prefix = name.removesuffix("weight")
-        return {prefix + part: value for part, value in pack_compressed(weight, mask, self.layout).items()}
+        return mask.apply_(weight)
+
+    def plain_config(self) -> dict[str, Any]:
+        """``config.json`` without what it says of the layout the weights had."""
+        config = without_sparsity_config(self.stored.config)
+        if self.stored.quantized:
+            config.pop("quantization_config", None)
+        return config
+
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of the result."""
+        config = self.plain_config()
+        if not self.packed:
+            return config
+        numel = sum(self.stored.shape(name).numel() for name in self.stored.names)
+        pruned = sum(mask.n_pruned for mask in self.masks.values())
+        return with_sparsity_config(config, sparsity_config(self.layout, self.packed, pruned=pruned, numel=numel))
 
 
 def plan_layout(stored: Stored, source: Path, to: str, file: str | os.PathLike[str] | None) -> Plan:
@@ -138,10 +163,10 @@ def _choose(plan: Plan, source: Path, to: str) -> None:
             "guessed from zeros: where they are all pruned weights, write them down with "
             "save_mask({name: weight != 0}, file)"
         )
-    entries = plan.stored.shards.entries
+    entries, matrices = plan.stored.shards.entries, {*plan.stored.packed, *plan.stored.quantized}
     odd = []
     for name, mask in plan.masks.items():
-        if name not in plan.stored.packed and not is_packed(name, entries[name], "bitmask"):
+        if name not in matrices and not is_packed(name, entries[name], "bitmask"):
             continue
         if to == "sparse-24":
             try:

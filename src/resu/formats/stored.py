@@ -18,6 +18,8 @@ from resu.core.mask import SparseMask
 from resu.core.shards import Shards
 from resu.formats.bitmask import PARTS, bitmask_prefixes, mask_from_bits, unpack_bitmask
 from resu.formats.compressed_config import find_sparsity_config
+from resu.formats.pack_quantized import FORMAT, quantized_prefixes, unpack_quantized
+from resu.formats.pack_quantized import PARTS as QUANTIZED_PARTS
 
 __all__ = ["SHARD_HEADER", "Stored", "read_config", "seal_shard"]
 
@@ -61,6 +63,7 @@ class Stored:
     Attributes:
         shards: The files.
         packed: ``{weight name: prefix of its parts}`` of weights in a bitmask layout.
+        quantized: The same of weights in the layout ``pack-quantized``.
         sums: ``{tensor name: checksum}``, where the files have them.
         ties: ``{name that is not stored: the name it is the same tensor as}``, where the files say so.
         config: ``config.json``, empty for a single file or where there is none.
@@ -83,6 +86,7 @@ class Stored:
     sums: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    quantized: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Stored:
@@ -95,8 +99,14 @@ class Stored:
         shards = Shards.open(path)
         names = dict.fromkeys(shards.names)
         packed = {f"{prefix}weight": prefix for prefix in bitmask_prefixes(names)}
+        quantized = {f"{prefix}weight": prefix for prefix in quantized_prefixes(names)}
         if both := sorted(name for name in packed if name in names):
             raise FileFormatError(f"{path} holds {both[0]!r} both dense and in a bitmask layout")
+        if both := sorted(name for name in quantized if name in names or name in packed):
+            raise FileFormatError(f"{path} holds {both[0]!r} both in the layout {FORMAT} and in another")
+        others = (f"{prefix}{part}" for prefix in quantized.values() for part in ("weight_zero_point", "weight_g_idx"))
+        if odd := [name for name in others if name in names]:
+            raise FileFormatError(f"{path} holds {odd[0]!r}: of {FORMAT}, only symmetric codes in their order are read")
         for name in names:
             prefix, dot, part = name.rpartition(".")
             beside = [f"{prefix}{dot}{other}" for other in ("bitmask", "shape")]
@@ -104,7 +114,7 @@ class Stored:
                 raise FileFormatError(f"{path} is damaged: {name!r} has no {' or no '.join(beside)} beside it")
         sums, ties = _sealed(shards, path)
         config = read_config(path) if Path(path).is_dir() else {}
-        found = cls(shards, packed, sums, ties, config)
+        found = cls(shards, packed, sums, ties, config, quantized)
         block = find_sparsity_config(config)
         if block and str(block.get("format", "dense")) != "dense" and not packed:
             raise FileFormatError(f"{path}: the config announces {block['format']!r}, but no weight is stored so")
@@ -114,33 +124,42 @@ class Stored:
     def names(self) -> list[str]:
         """All weights that are stored, in the order of the files."""
         parts = {prefix + part for prefix in self.packed.values() for part in PARTS}
+        parts |= {prefix + part for prefix in self.quantized.values() for part in QUANTIZED_PARTS}
         first = {prefix + "compressed": name for name, prefix in self.packed.items()}
+        first |= {prefix + "weight_packed": name for name, prefix in self.quantized.items()}
         return [first.get(name, name) for name in self.shards.names if name in first or name not in parts]
 
     def parts(self, name: str) -> list[str]:
-        """The tensors a weight is stored as: itself, or the parts of a bitmask layout."""
+        """The tensors a weight is stored as: itself, or the parts of its layout."""
+        if name in self.quantized:
+            return [self.quantized[name] + part for part in QUANTIZED_PARTS]
         if name not in self.packed:
             return [name]
         prefix = self.packed[name]
         return [prefix + part for part in PARTS if prefix + part in self.shards.entries]
 
     def layout(self, name: str) -> str:
-        """``"dense"``, ``"sparse-bitmask"`` or ``"sparse-24-bitmask"``."""
+        """``"dense"``, ``"sparse-bitmask"``, ``"sparse-24-bitmask"`` or ``"pack-quantized"``."""
+        if name in self.quantized:
+            return FORMAT
         if name not in self.packed:
             return "dense"
         return "sparse-bitmask" if f"{self.packed[name]}row_offsets" in self.shards.entries else "sparse-24-bitmask"
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a weight."""
-        if name not in self.packed:
+        if name not in self.packed and name not in self.quantized:
             return self.shards.shape(name)
-        dims = self._part(f"{self.packed[name]}shape").reshape(-1).tolist()
+        where = f"{self.packed[name]}shape" if name in self.packed else f"{self.quantized[name]}weight_shape"
+        dims = self._part(where).reshape(-1).tolist()
         if any(type(d) is not int or d < 0 for d in dims):
-            raise FileFormatError(f"{name!r} in bitmask layout is damaged: its shape is {dims}")
+            raise FileFormatError(f"{name!r} in the layout {self.layout(name)} is damaged: its shape is {dims}")
         return torch.Size(dims)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a weight."""
+        if name in self.quantized:
+            return self.shards.dtype(f"{self.quantized[name]}weight_scale")
         return self.shards.dtype(f"{self.packed[name]}compressed" if name in self.packed else name)
 
     def nbytes(self, name: str) -> int:
@@ -153,6 +172,9 @@ class Stored:
         Raises:
             FileFormatError: If it is damaged; the tensor is named.
         """
+        if name in self.quantized:
+            prefix = self.quantized[name]
+            return unpack_quantized({p.removeprefix(prefix): self._part(p) for p in self.parts(name)}, name), None
         if name not in self.packed:
             return self._part(name), None
         prefix = self.packed[name]

@@ -13,14 +13,13 @@ import torch
 from resu.core.io import FileFormatError, replacing
 from resu.core.mask_files import MASK_HEADER, read_masks, write_masks
 from resu.core.shards import INDEX, Shards
-from resu.formats.compressed_config import sparsity_config, with_sparsity_config, without_sparsity_config
 from resu.formats.files import CHECKPOINT_HEADER, load_checkpoint, save_checkpoint
 from resu.formats.relayout import MASK_FILE, REPORT_FILE, TARGETS, Plan, plan_layout
 from resu.formats.sealed import SealedWriter
 from resu.formats.stored import Stored
 from resu.integrations.folders import check_apart, copy_companions, new_folder
 
-__all__ = ["convert"]
+__all__ = ["convert", "write_folder"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -89,9 +88,27 @@ def convert(
     if source.is_file():
         _convert_file(plan, source, out, overwrite, progress)
         return _report(plan, source, out)
+    return write_folder(plan, source, out, overwrite=overwrite, progress=progress)
+
+
+def write_folder(
+    plan: Plan, source: Path, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write a model folder as planned, whole or not at all, one weight in memory at a time.
+
+    Args:
+        plan: What becomes of each weight.
+        source: The folder it is made for; what lies beside the weights is copied.
+        out: The folder to write.
+        overwrite: Whether an earlier result at ``out`` may be replaced.
+        progress: Called with ``(done, total, name)``.
+
+    Returns:
+        The report of :func:`convert`.
+    """
     with new_folder(out, overwrite=overwrite) as temporary:
         done = 0
-        for file in stored.shards.files:
+        for file in plan.stored.shards.files:
             if names := plan.names_of(file):
                 (temporary / file).touch()
                 _write_file(plan, file, temporary / file, done, progress)
@@ -121,7 +138,7 @@ def _report(plan: Plan, source: Path, out: Path) -> dict[str, Any]:
         "out": str(out),
         "layout": plan.layout,
         "packed": len(plan.packed),
-        "dense": len(plan.masks) - len(plan.packed),
+        "dense": len(plan.masks.keys() - set(plan.packed)),
         "bytes_before": sum(before.nbytes(name) for name in before.names),
         "bytes_after": sum(after.nbytes(name) for name in after.names),
         "total": {"numel": numel, "kept": kept, "sparsity": (numel - kept) / numel if numel else 0.0},
@@ -158,7 +175,7 @@ def _write_beside(plan: Plan, source: Path, folder: Path) -> None:
         index = {"metadata": {**old, "total_size": size}, "weight_map": dict(sorted(places.items()))}
         _write_json(folder / INDEX, index)
     if plan.packed or (source / "config.json").is_file():
-        _write_json(folder / "config.json", _config(plan))
+        _write_json(folder / "config.json", plan.config())
     if plan.masks:
         write_masks(plan.masks, folder / MASK_FILE, plan.metadata)
     _write_json(folder / REPORT_FILE, _pruning_report(plan, source))
@@ -178,15 +195,6 @@ def _pruning_report(plan: Plan, source: Path) -> dict[str, Any]:
         for n, m in plan.masks.items()
     ]
     return {"converted": str(source), "layout": plan.layout, "layers": layers}
-
-
-def _config(plan: Plan) -> dict[str, Any]:
-    config = plan.stored.config
-    if not plan.packed:
-        return without_sparsity_config(config)
-    numel = sum(plan.stored.shape(name).numel() for name in plan.stored.names)
-    pruned = sum(mask.n_pruned for mask in plan.masks.values())
-    return with_sparsity_config(config, sparsity_config(plan.layout, plan.packed, pruned=pruned, numel=numel))
 
 
 def _write_json(path: Path, value: Any) -> None:
