@@ -25,7 +25,7 @@ from resu.formats.compressed import write_compressed
 from resu.formats.shards import write_shard
 from resu.integrations.folders import copy_companions, new_folder
 
-__all__ = ["LAYOUTS", "check_directory", "load_model", "load_tokenizer", "quiet", "save_pruned"]
+__all__ = ["LAYOUTS", "check_directory", "load_model", "load_tokenizer", "model_class", "quiet", "save_pruned"]
 
 LAYOUTS = ("dense", "bitmask")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +76,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _model_class(config: Mapping[str, Any], folder: Path) -> Any:
+def model_class(config: Mapping[str, Any], folder: Path) -> Any:
+    """The class that a ``config.json`` names under ``architectures``; ``AutoModel`` where it names none.
+
+    Raises:
+        ValueError: If transformers does not have it.
+    """
     import transformers
 
     named = config.get("architectures") or list((config.get("auto_map") or {}).values())
@@ -133,7 +138,7 @@ def load_model(
     wanted = dtype if dtype is not None else _widest(shards)
     with quiet():
         # Weights of another shape are reported in `info`, and refused below with their names.
-        model, info = _model_class(config, folder).from_pretrained(
+        model, info = model_class(config, folder).from_pretrained(
             folder,
             dtype=wanted,
             local_files_only=True,
