@@ -1,0 +1,1 @@
+"""Operators: what layers multiply with, one idea per file, registered with ``torch.library``."""
