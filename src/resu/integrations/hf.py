@@ -96,7 +96,7 @@ def model_class(config: Mapping[str, Any], folder: Path) -> Any:
     return found
 
 
-def _widest(shards: Shards) -> torch.dtype:
+def widest_dtype(shards: Shards) -> torch.dtype:
     """The float dtype that holds all weights of a checkpoint without rounding."""
     found = Counter(shards.dtype(name) for name in shards.names)
     floats = {dtype for dtype in found if dtype.is_floating_point}
@@ -135,7 +135,7 @@ def load_model(
     folder = Path(directory)
     config = check_directory(folder)
     shards = Shards.open(folder)
-    wanted = dtype if dtype is not None else _widest(shards)
+    wanted = dtype if dtype is not None else widest_dtype(shards)
     with quiet():
         # Weights of another shape are reported in `info`, and refused below with their names.
         model, info = model_class(config, folder).from_pretrained(
@@ -220,7 +220,7 @@ def save_pruned(
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not known; known: {', '.join(LAYOUTS)}")
     with new_folder(out, overwrite=overwrite) as temporary:
-        _write_model(model, temporary, max_shard_size)
+        write_model(model, temporary, max_shard_size)
         before, after = Shards.open(folder), Shards.open(temporary)
         if dtype is None:
             _restore_dtypes(before, after)
@@ -246,7 +246,7 @@ def save_pruned(
         if layout == "bitmask":
             report["bytes"] = _to_bitmask(after, masks)
         else:
-            _seal(temporary)
+            seal_folder(temporary)
         summary = {key: report.get(key) for key in ("method", "pattern", "distribution", "sparsity", "actual")}
         write_masks(masks, temporary / "masks.safetensors", summary)
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
@@ -254,7 +254,7 @@ def save_pruned(
     return report
 
 
-def _write_model(model: Any, folder: Path, max_shard_size: str) -> None:
+def write_model(model: Any, folder: Path, max_shard_size: str) -> None:
     """Weights and ``config.json``. The generation settings of the source are copied as a file instead: transformers
     refuses to write those it finds inconsistent, as those of many published models are.
     """
@@ -315,7 +315,7 @@ def _restore_dtypes(before: Shards, after: Shards) -> None:
         write_safetensors(tensors, after.folder / file, after.metadata[file])
 
 
-def _seal(folder: Path) -> None:
+def seal_folder(folder: Path) -> None:
     """Write the weight files again with a checksum for each tensor, as those of methods without data have them."""
     shards = Shards.open(folder)
     bits = folder / ".bits"  # there is nothing left to prune, so it stays empty

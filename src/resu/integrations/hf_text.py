@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,18 +14,28 @@ from torch import Tensor
 
 from resu.core.randomness import derived_generator
 
-__all__ = ["calibration_batches", "cut_text", "default_length", "padded_batch", "read_texts", "token_ids"]
+__all__ = [
+    "calibration_batches",
+    "cut_text",
+    "default_length",
+    "kind_of",
+    "padded_batch",
+    "read_content",
+    "read_texts",
+    "token_ids",
+]
 
 _LONGEST = 2048  # tokens; what the papers on one-shot pruning calibrate and evaluate with
 
 
-def read_texts(file: str | os.PathLike[str], *, lines: bool = False) -> list[str]:
+def read_texts(file: str | os.PathLike[str], *, lines: bool = False, encoding: str = "utf-8") -> list[str]:
     r"""The texts of a file.
 
     Args:
-        file: ``.jsonl``: one object with a ``"text"`` per line is one text. Anything else is plain text in UTF-8: one
-            text, or one per line that is not blank, with ``lines``.
+        file: ``.jsonl``: one object with a ``"text"`` per line is one text. Anything else is plain text: one
+            text, or one per line that is not blank, with ``lines``. Either may be compressed (``.xz``).
         lines: See above; a jsonl file has one text per line anyway.
+        encoding: As Python names it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -40,18 +51,8 @@ def read_texts(file: str | os.PathLike[str], *, lines: bool = False) -> list[str
         ['One.', 'Two.']
     """
     path = Path(file)
-    wanted = 'give a .txt or a .jsonl with one {"text": …} per line'
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; {wanted}")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; {wanted}")
-    try:
-        content = path.read_text(encoding="utf-8-sig")  # some editors begin a text with a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}; {wanted}") from None
-    if "\0" in content:  # UTF-16 without its mark reads as UTF-8 too
-        raise ValueError(f"{path} is no UTF-8 text: it holds NUL characters; {wanted}")
-    if path.suffix in (".jsonl", ".ndjson"):
+    content = read_content(path, encoding)
+    if kind_of(path) in (".jsonl", ".ndjson"):
         texts = [_text_of(line, path, number) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     elif lines:
         texts = [line.strip() for line in content.splitlines()]
@@ -61,6 +62,55 @@ def read_texts(file: str | os.PathLike[str], *, lines: bool = False) -> list[str
     if not texts:
         raise ValueError(f"{path} holds no text")
     return texts
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The ending that says what a text file holds, before an ``.xz``.
+
+    Example:
+        >>> kind_of("a/b.jsonl.xz"), kind_of("c.TXT")
+        ('.jsonl', '.txt')
+    """
+    name = Path(path)
+    return (Path(name.stem) if name.suffix == ".xz" else name).suffix.lower()
+
+
+def read_content(file: str | os.PathLike[str], encoding: str = "utf-8") -> str:
+    """All of a text file, which may be compressed (``.xz``).
+
+    Args:
+        file: Any text.
+        encoding: As Python names it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        IsADirectoryError: If it is a folder.
+        ValueError: If it is damaged, not in this encoding, or the encoding is not known.
+    """
+    path = Path(file)
+    wanted = 'give a .txt or a .jsonl with one {"text": …} per line'
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; {wanted}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; {wanted}")
+    said = "UTF-8" if encoding == "utf-8" else encoding
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            data = lzma.decompress(data)
+        # Some editors begin a text with a byte order mark.
+        content = data.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    except lzma.LZMAError as error:
+        raise ValueError(f"{path} is damaged, or no xz: {error}") from None
+    except LookupError:
+        raise ValueError(
+            f"unknown encoding {encoding!r}; known are those of Python, such as utf-8 and latin-1"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no {said} text: {error}; {wanted}") from None
+    if "\0" in content:  # UTF-16 without its mark reads as UTF-8 too
+        raise ValueError(f"{path} is no {said} text: it holds NUL characters; {wanted}")
+    return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _text_of(line: str, path: Path, number: int) -> str:
