@@ -56,6 +56,8 @@ def pack_int4(codes: Tensor) -> Tensor:
         True
     """
     rows, columns = codes.shape
+    if not rows:
+        return torch.empty(0, -(-columns // 8), dtype=torch.int32, device=codes.device)
     halves = (codes + 8).to(torch.uint8)
     padded = nn.functional.pad(halves, (0, -columns % 8))
     return pack_codes(padded.reshape(-1), 4).view(torch.int32).view(rows, -(-columns // 8))
@@ -131,7 +133,7 @@ def pack_quantized(weight: Tensor, group_size: int | None = None) -> dict[str, T
         top = groups.abs().amax(dim=2)
         check_finite(top, "the largest weights of the rows")
         scale[part] = _scales(top, weight.dtype)
-        values = groups.div_(scale[part].double().unsqueeze(2)).round_().clamp_(-8, 7)
+        values = groups.div(scale[part].double().unsqueeze(2)).round_().clamp_(-8, 7)
         codes[part] = values.to(torch.int8).view(-1, columns)
     return {
         "weight_packed": pack_int4(codes),
@@ -186,7 +188,7 @@ def unpack_quantized(parts: Mapping[str, Tensor], name: str = "weight") -> Tenso
         raise FileFormatError(f"{name!r} of shape {(rows, columns)} has scales {scale.dtype} {tuple(scale.shape)}")
     if not scale.shape[1]:
         raise FileFormatError(f"{name!r} has no scales")
-    codes = unpack_int4(packed, columns).view(rows, scale.shape[1], -1)
+    codes = unpack_int4(packed, columns).view(rows, scale.shape[1], columns // scale.shape[1])
     return codes.to(scale.dtype).mul_(scale.unsqueeze(2)).view(rows, columns)
 
 

@@ -39,8 +39,8 @@ def write_pack_quantized(
     The folder is one that transformers loads with compressed-tensors (0.15 or newer) installed, in the layout vLLM
     reads. Weights come one at a time, so the model may be larger than memory. Embeddings, the output head and what is
     tied to an embedding, norms, biases, and everything that is no ``nn.Linear`` in transformers stay as they are.
-    Each weight is rounded to the nearest of 16 values; what that changes is in the report. Codes of a QRESU layer lie on
-    another grid (with a zero point), so commit it first: its active weights are rounded a second time here.
+    Each weight is rounded to the nearest of 16 values; what that changes is in the report. Codes of a QRESU layer lie
+    on another grid (with a zero point), so commit it first: its active weights are rounded a second time here.
 
     Args:
         source: A model folder: ``config.json`` and safetensors, dense or in any layout of this library.
@@ -60,8 +60,8 @@ def write_pack_quantized(
     Raises:
         FileNotFoundError: If there is no folder, no ``config.json``, or no mask file.
         FileExistsError: If ``out`` holds something that may not be replaced.
-        ValueError: If nothing is left to pack, a weight does not fit, the model is quantized already, a file is damaged,
-            or a weight is not zero where its mask prunes.
+        ValueError: If nothing is left to pack, a weight does not fit, the model is quantized already, a file is
+            damaged, or a weight is not zero where its mask prunes.
         ImportError: If transformers is not installed.
     """
     source, out = Path(source), Path(out)
