@@ -15,7 +15,7 @@ from resu.pruning.mask_stats import packed_masks
 from resu.pruning.sparse_lora.beside import parameters_beside
 from resu.pruning.sparse_lora.config import SparseLoRAConfig
 from resu.pruning.sparse_lora.kinds import kind_of, to_plain, to_sparse_lora
-from resu.pruning.sparse_lora.layer import SparseLoRALayer
+from resu.pruning.sparse_lora.layer import SparseLoRALayer, check_adapter_name
 from resu.pruning.targets import pruning_targets
 
 __all__ = ["apply_sparse_lora", "get_lora_layers", "lora_parameters", "unload_sparse_lora"]
@@ -59,6 +59,7 @@ def apply_sparse_lora(
         (84, 0.5)
     """
     config = config or SparseLoRAConfig()
+    check_adapter_name(adapter)
     found = get_lora_layers(model)
     packed = packed_masks(masks) if masks is not None else None
     if packed is not None:

@@ -85,7 +85,7 @@ class SparseLoRAConv1D(_Forward):
         return F.linear(x, weight.t(), self.bias)
 
     def _masked(self, x: Tensor, left: Tensor, right: Tensor, rule: str) -> Tensor:
-        return masked_lora_linear(x, self._base(), left, right, self.bias, rule=rule, transposed=self._turned)
+        return masked_lora_linear(x, self._base(), left, right, self.bias, rule=rule, transposed=self._inputs_first)
 
     def _low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(F.linear(x, a), b)
