@@ -12,6 +12,7 @@ from pathlib import Path
 from resu.core.io import naming
 
 __all__ = [
+    "REPORTS",
     "RESULT_FILES",
     "WEIGHT_ENDINGS",
     "check_apart",
@@ -21,8 +22,9 @@ __all__ = [
     "put_in_place",
 ]
 
-# What pruning writes beside the model; a folder that holds the report is one of ours.
-RESULT_FILES = ("masks.safetensors", "pruning.json")
+# What pruning and fine-tuning write beside the model; a folder that holds a report is one of ours.
+REPORTS = ("pruning.json", "run.json")
+RESULT_FILES = ("masks.safetensors", *REPORTS, "log.csv")
 # Weights in any format: a copy would be the dense model again.
 WEIGHT_ENDINGS = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
@@ -38,7 +40,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
     Args:
         path: Where the folder shall be; the one above it must exist. An empty folder there is no obstacle.
-        overwrite: Whether an earlier result there, a folder with a ``pruning.json``, may be replaced. Any other
+        overwrite: Whether an earlier result there, a folder with one of :data:`REPORTS`, may be replaced. Any other
             folder with content never is.
 
     Raises:
@@ -100,8 +102,10 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
         raise FileExistsError(f"{target} is a file; name a folder")
     if not overwrite:
         raise FileExistsError(f"{target} is there already; pass overwrite=True to replace an earlier result")
-    if not (target / "pruning.json").is_file():
-        raise FileExistsError(f"{target} holds no pruning.json, so it is no earlier result and is not replaced")
+    if not any((target / name).is_file() for name in REPORTS):
+        raise FileExistsError(
+            f"{target} holds no pruning.json or run.json, so it is no earlier result and is not replaced"
+        )
 
 
 def check_apart(

@@ -230,7 +230,7 @@ def save_pruned(
             tokenizer.save_pretrained(temporary)
         lost = [f"tensor {n} is not in the output" for n in _not_carried(model, before, after)]
         lost += [f"{file} was not copied: it holds unpruned weights" for file in left_out]
-        stored = _stored_names(model, after)
+        stored = stored_names(model, after)
         report = {
             **result.report,
             "layers": [{**row, "name": stored.get(row["name"], row["name"])} for row in result.report["layers"]],
@@ -282,7 +282,7 @@ def _tied_names(model: Any) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _stored_names(model: Any, after: Shards) -> dict[str, str]:
+def stored_names(model: Any, after: Shards) -> dict[str, str]:
     """Of tied weights, which are stored once: each name and the one in the file."""
     held = set(after.names)
     found: dict[str, str] = {}

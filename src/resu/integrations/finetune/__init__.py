@@ -1,0 +1,1 @@
+"""Fine-tuning of Hugging Face directories in little memory; see :func:`resu.integrations.finetune.run.finetune`."""

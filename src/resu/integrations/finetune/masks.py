@@ -1,0 +1,135 @@
+"""Which weights are pruned while a model is fine-tuned: those its source pruned, those a file names, or the weakest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from resu.core.globs import glob_matches, listing
+from resu.core.mask import SparseMask
+from resu.core.mask_files import read_masks
+from resu.core.pattern import NM, get_pattern
+from resu.integrations.finetune.batches import Collator
+from resu.integrations.finetune.config import FinetuneConfig
+from resu.integrations.finetune.data import Row
+from resu.integrations.finetune.model import LoadedModel, head_names
+from resu.pruning.importance import importances
+from resu.pruning.mask_generator import MaskGenerator
+from resu.pruning.targets import pruning_targets
+
+__all__ = ["MASK_FILE", "settle_masks", "target_names"]
+
+MASK_FILE = "masks.safetensors"
+_BATCH = 8
+
+
+def target_names(loaded: LoadedModel, config: FinetuneConfig) -> tuple[list[str], dict[str, str]]:
+    """Names of the weights that the method acts on, and why the others are left out.
+
+    What :func:`resu.pruning.targets.pruning_targets` takes, without the head of the task and without what is random.
+    """
+    parameters = dict(loaded.model.named_parameters())
+    if config.include:
+        targets, skipped = pruning_targets(loaded.model, config.include, config.exclude or None)
+        return list(targets), skipped
+    heads = loaded.model.get_output_embeddings()
+    known = set() if heads is None else {id(p) for p in heads.parameters()}
+    trained = {n for n in (*head_names(loaded.model), *loaded.new) if n in parameters}
+    matrices = sorted(n for n in trained if parameters[n].ndim >= 2 and id(parameters[n]) not in known)
+    targets, skipped = pruning_targets(loaded.model, None, [*config.exclude, *matrices])
+    return list(targets), skipped | dict.fromkeys(matrices, "head of the task, which trains whole")
+
+
+def settle_masks(
+    loaded: LoadedModel, config: FinetuneConfig, rows: Sequence[Row], collator: Collator, resumed: Path | None = None
+) -> dict[str, SparseMask]:
+    """The masks that a method keeps; the model is not changed.
+
+    In this order: those of the run that goes on (``resumed``), of ``config.sparsity``, of ``config.mask``, of the file
+    ``masks.safetensors`` beside the source. Names of a file fit with or without the prefix of the model's body.
+
+    Raises:
+        ValueError: If there is none of these, or they do not fit.
+    """
+    if resumed is not None:
+        return read_masks(resumed)[0]
+    if config.sparsity is not None or _fixed(config):
+        return _pruned(loaded, config, rows, collator)
+    beside = config.source / MASK_FILE
+    if config.mask == "zeros":
+        return _zeros(loaded, config)
+    if config.mask is None and not beside.is_file():
+        raise ValueError(
+            f"give a sparsity, or a mask: {config.source} has no {MASK_FILE} beside its weights, and masks are not "
+            "read off its zeros unless the mask is 'zeros'"
+        )
+    return _of_file(loaded, config, beside if config.mask is None else Path(config.mask))
+
+
+def _fixed(config: FinetuneConfig) -> bool:
+    """Whether a pattern says by itself how much is pruned."""
+    return config.mask is None and config.pattern is not None and isinstance(get_pattern(config.pattern), NM)
+
+
+def _pruned(
+    loaded: LoadedModel, config: FinetuneConfig, rows: Sequence[Row], collator: Collator
+) -> dict[str, SparseMask]:
+    names, _ = target_names(loaded, config)
+    batches: list[Mapping[str, Tensor]] | None = None
+    if importances[config.prune_method].needs:
+        chosen = rows[: config.samples]
+        batches = [collator(chosen[at : at + _BATCH]) for at in range(0, len(chosen), _BATCH)]
+    masks = MaskGenerator(
+        loaded.model,
+        config.sparsity,
+        config.pattern or "unstructured",
+        config.prune_method,
+        include=names,
+        dataloader=batches,
+        loss_fn=_loss,
+        seed=config.seed,
+    ).generate_masks()
+    return {name: SparseMask(mask) for name, mask in masks.items()}
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    loss = model(**batch).loss
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _zeros(loaded: LoadedModel, config: FinetuneConfig) -> dict[str, SparseMask]:
+    names, _ = target_names(loaded, config)
+    parameters = dict(loaded.model.named_parameters())
+    masks = {name: SparseMask(parameters[name].detach() != 0) for name in names}
+    if not sum(mask.n_pruned for mask in masks.values()):
+        raise ValueError(f"{config.source} has no zeros in {listing(names, 4)}; give a sparsity")
+    return masks
+
+
+def _of_file(loaded: LoadedModel, config: FinetuneConfig, file: Path) -> dict[str, SparseMask]:
+    prefix = f"{loaded.model.base_model_prefix}."
+    parameters = dict(loaded.model.named_parameters())
+    found: dict[str, SparseMask] = {}
+    for stored, mask in read_masks(file)[0].items():
+        names = [n for n in (stored, prefix + stored, stored.removeprefix(prefix)) if n in parameters]
+        if not names or not _wanted(names[0], config):
+            continue
+        if parameters[names[0]].shape != mask.shape:
+            raise ValueError(
+                f"the mask {stored!r} of {file} has shape {tuple(mask.shape)}, the weight has "
+                f"{tuple(parameters[names[0]].shape)}; the masks are of another model"
+            )
+        found[names[0]] = mask
+    if not found:
+        raise ValueError(f"{file} has no mask of a weight of this model; its weights are {listing(parameters, 6)}")
+    return found
+
+
+def _wanted(name: str, config: FinetuneConfig) -> bool:
+    if any(glob_matches(glob, name) for glob in config.exclude):
+        return False
+    return not config.include or any(glob_matches(glob, name) for glob in config.include)

@@ -1,0 +1,63 @@
+"""Optimizers by name, over what trains and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from resu.integrations.finetune.config import FinetuneConfig
+
+__all__ = ["make_optimizer", "trained"]
+
+
+def trained(model: nn.Module, leave_out: Iterable[nn.Parameter] = ()) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient, by name, without those of layers that update themselves."""
+    left = {id(p) for p in leave_out}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in left}
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: FinetuneConfig) -> Optimizer:
+    """The optimizer of a run.
+
+    Weight decay acts on matrices and θ; norms and biases have none. Without parameters (all layers update themselves)
+    it holds one empty tensor, so that there is something for a schedule of the step size to act on.
+
+    Raises:
+        ImportError: If ``adamw8bit`` is asked for and neither torchao nor bitsandbytes is there.
+    """
+    decayed = [p for name, p in parameters.items() if p.ndim > 1 or name.rpartition(".")[2] == "theta"]
+    others = [p for name, p in parameters.items() if not any(p is one for one in decayed)]
+    groups: list[dict[str, Any]] = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((decayed, config.weight_decay), (others, 0.0))
+        if group
+    ]
+    groups = groups or [{"params": [nn.Parameter(torch.zeros(0))], "weight_decay": 0.0}]
+    rate = config.step_size
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    if config.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=rate)
+    return _adamw8bit(groups, rate)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], rate: float) -> Optimizer:
+    """AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861): of torchao, else of bitsandbytes."""
+    try:
+        from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
+    except ImportError:
+        try:
+            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise ImportError(
+                "optimizer 'adamw8bit' needs torchao (pip install torchao) or bitsandbytes", name=error.name
+            ) from error
+    made = AdamW8bit(groups, lr=rate)
+    assert isinstance(made, Optimizer)
+    return made

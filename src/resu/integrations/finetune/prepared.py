@@ -1,0 +1,121 @@
+"""A model made ready for a method: what of it trains, and how it becomes a plain model again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from resu.core.enforcement import Constraint
+from resu.core.mask import SparseMask
+from resu.integrations.finetune.config import FinetuneConfig
+from resu.integrations.finetune.model import LoadedModel, head_names
+from resu.modules.base import RESUModule
+
+__all__ = ["Masks", "Prepared", "beside", "head_parameters", "let_train", "prepare"]
+
+Masks = dict[str, SparseMask]
+
+
+@dataclass
+class Prepared:
+    """A model that is ready to train.
+
+    Attributes:
+        model: What the trainer gets; parameters that train require a gradient, the others do not.
+        finish: Makes the plain model of it, whose names and layers are those of the source, and says which masks that
+            keeps (empty: none).
+        self_updating: Layers that move θ by themselves as gradients arrive.
+        save_adapter: Writes what was trained into a folder, apart from the weights; None where there is no such thing.
+        constraints: Held so that they act.
+        notes: What a user should know.
+    """
+
+    model: Any
+    finish: Callable[[], tuple[Any, Masks]]
+    self_updating: list[RESUModule] = field(default_factory=list)
+    save_adapter: Callable[[Path], None] | None = None
+    constraints: list[Constraint] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(loaded: LoadedModel, masks: Masks, targets: list[str], config: FinetuneConfig) -> Prepared:
+    """Make a model ready for ``config.method``, in place.
+
+    Args:
+        loaded: The model as its source has it.
+        masks: Of the weights that the method prunes, by parameter name; empty for ``full`` and ``lora``.
+        targets: Names of the weights that ``lora`` updates.
+        config: The settings.
+
+    Raises:
+        ValueError: If a layer is of a kind that the method cannot act on.
+    """
+    if config.method in ("full", "masked"):
+        return _whole(loaded, masks)
+    for parameter in loaded.model.parameters():
+        parameter.requires_grad_(False)
+    if config.has_theta:
+        from resu.integrations.finetune.theta import prepare_theta
+
+        prepared = prepare_theta(loaded, masks, config)
+    elif config.method == "lora":
+        from resu.integrations.finetune.adapters import prepare_lora
+
+        prepared = prepare_lora(loaded, targets, config)
+    else:
+        from resu.integrations.finetune.adapters import prepare_sparse_lora
+
+        prepared = prepare_sparse_lora(loaded, masks, config)
+    return prepared
+
+
+def _whole(loaded: LoadedModel, masks: Masks) -> Prepared:
+    """Every weight trains; pruned ones stay 0."""
+    parameters = dict(loaded.model.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    held = [Constraint(parameters[name], mask) for name, mask in masks.items()]
+    for constraint in held:
+        constraint.enforce()
+
+    def finish() -> tuple[Any, Masks]:
+        for constraint in held:
+            constraint.remove()
+        return loaded.model, masks
+
+    return Prepared(loaded.model, finish, constraints=held)
+
+
+def head_parameters(loaded: LoadedModel, config: FinetuneConfig) -> list[str]:
+    """Names of what always trains: the head of a classification, and what the source has no weights for."""
+    heads = set(loaded.new)
+    if config.task == "classification":
+        heads |= set(head_names(loaded.model))
+    return sorted(heads)
+
+
+def beside(loaded: LoadedModel, config: FinetuneConfig) -> list[str]:
+    """Names of what trains beside a method's own: :func:`head_parameters`, and what ``config.train_*`` ask for."""
+    found = dict(loaded.model.named_parameters(remove_duplicate=False))
+    wanted = set(head_parameters(loaded, config))
+    if config.train_head:
+        output = loaded.model.get_output_embeddings()
+        ids = {id(p) for p in output.parameters()} if output is not None else set()
+        wanted |= {name for name, p in found.items() if id(p) in ids} | set(head_names(loaded.model))
+    for name, module in loaded.model.named_modules():
+        norm = "norm" in type(module).__name__.lower()
+        for attribute, _ in module.named_parameters(recurse=False):
+            if (config.train_norms and norm) or (config.train_biases and attribute.endswith("bias")):
+                wanted.add(f"{name}.{attribute}" if name else attribute)
+    return [name for name, _ in loaded.model.named_parameters() if name in wanted]
+
+
+def let_train(model: nn.Module, names: list[str]) -> None:
+    """Have these parameters require a gradient."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(True)

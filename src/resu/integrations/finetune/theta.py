@@ -1,0 +1,105 @@
+"""RESU and QRESU: the weights that stay are frozen, θ at pruned positions trains, and a commit ends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resu.core.mask import SparseMask
+from resu.core.pattern import get_pattern
+from resu.core.resurrection import gather_theta
+from resu.integrations.finetune.config import FinetuneConfig
+from resu.integrations.finetune.model import LoadedModel
+from resu.integrations.finetune.prepared import Masks, Prepared, beside, let_train
+from resu.modules.base import RESUModule
+from resu.modules.convert import convert_to_resu
+from resu.modules.settings import RESUMode
+from resu.pruning.amnesty import Amnesty, AmnestyConfig
+
+__all__ = ["commit_layer", "prepare_theta"]
+
+
+def prepare_theta(loaded: LoadedModel, masks: Masks, config: FinetuneConfig) -> Prepared:
+    """Take every masked layer to the mode of ``config.method``.
+
+    Layers go one after the other, so that under ``qresu`` no more than one of them is there dense and packed at once.
+
+    Raises:
+        ValueError: If a masked weight is not that of an ``nn.Linear`` or ``nn.Conv2d``, or is shared where the method
+            frees it.
+    """
+    model, others = loaded.model, beside(loaded, config)
+    try:
+        convert_to_resu(model, include=list(masks))
+    except ValueError as error:
+        raise ValueError(f"{error}. Of {type(model).__name__}, masked and sparse-lora can train these layers") from None
+    layers = {name: _layer(model, name) for name in masks}
+    for name, layer in layers.items():
+        mask = masks[name].to(layer.weight.device)
+        start = gather_theta(layer.weight, mask) if config.theta_init == "weight" else config.theta_init
+        layer.set_mask(mask)
+        _enter(layer, start, config)
+    let_train(model, others)
+
+    def finish() -> tuple[Any, Masks]:
+        kept = {name: commit_layer(layer, config) for name, layer in layers.items()}
+        return model, {name: mask for name, mask in kept.items() if mask is not None}
+
+    updating = list(layers.values()) if config.method == "qresu-selective" else []
+    return Prepared(model, finish, self_updating=updating)
+
+
+def _layer(model: Any, name: str) -> RESUModule:
+    layer = model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(layer, RESUModule)
+    return layer
+
+
+def _enter(layer: RESUModule, start: str | Tensor, config: FinetuneConfig) -> None:
+    dtype = None if config.theta_dtype is None else getattr(torch, config.theta_dtype)
+    if config.method == "resu":
+        layer.enter_resu_mode(config.epsilon, init=start)
+    elif config.method == "qresu":
+        layer.enter_qresu_mode(config.bits or 4, config.epsilon, theta_dtype=dtype, init=start)
+    else:
+        layer.enter_qresu_selective_mode(
+            config.bits or 4,
+            config.epsilon,
+            lr=config.step_size,
+            weight_decay=config.weight_decay,
+            theta_dtype=dtype,
+            init=start,
+        )
+
+
+def commit_layer(layer: RESUModule, config: FinetuneConfig) -> SparseMask | None:
+    """End the resurrection of a layer: θ joins the weights, and by ``config.commit`` the weakest positions go again.
+
+    The layer is DENSE afterwards, an ordinary layer to whoever saves it.
+
+    Returns:
+        The mask that its weight keeps, with as many positions as the one it had, or None (``dense``).
+    """
+    old = layer.mask
+    assert old is not None
+    new = None
+    if config.commit != "dense":
+        scores = layer.effective_weight().detach().abs()
+        new = SparseMask(_survivors(scores, old, config))
+    if layer.mode is RESUMode.RESU:
+        layer.exit_resu_mode(commit=True)
+    else:
+        layer.exit_qresu_mode(commit=True)
+    if new is not None:
+        layer.set_mask(new)
+        layer.remove_mask()
+    return new
+
+
+def _survivors(scores: Tensor, old: SparseMask, config: FinetuneConfig) -> Tensor:
+    if config.commit == "amnesty":
+        share = AmnestyConfig(r_start=config.resurrected, r_end=config.resurrected, total_cycles=1)
+        return Amnesty(share).tournament(scores, old, old.n_active, 0)
+    return get_pattern(config.pattern).select(scores, old.n_active)

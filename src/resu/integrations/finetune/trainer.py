@@ -1,0 +1,176 @@
+"""The Trainer of transformers as fine-tuning needs it: only what trains has an optimizer, nothing is unpickled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resu.integrations.finetune.batches import Collator
+from resu.integrations.finetune.checkpoint import read_state, write_state
+from resu.integrations.finetune.config import FinetuneConfig
+from resu.integrations.finetune.data import Row
+from resu.integrations.finetune.evaluate import evaluate
+from resu.integrations.finetune.optimizers import make_optimizer, trained
+from resu.integrations.finetune.prepared import Prepared
+from resu.modules.base import RESUModule
+
+try:
+    import accelerate  # noqa: F401
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "this needs transformers and accelerate: pip install 'resu-torch[hf,accelerate]'", name=error.name
+    ) from error
+
+__all__ = ["FinetuneTrainer", "make_arguments", "make_trainer", "refuse_sharding"]
+
+_LOGS = 100  # lines in a whole run
+_NEVER = 10**12
+
+
+def make_arguments(config: FinetuneConfig, work: Path, steps: int) -> TrainingArguments:
+    """The arguments of the Trainer that a configuration comes to."""
+    refuse_sharding()
+    use_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.step_size,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=round(config.warmup * steps),
+        bf16=config.autocast == "bfloat16",
+        logging_steps=max(1, steps // _LOGS),
+        logging_nan_inf_filter=False,
+        save_strategy="no" if config.save_steps is None else "steps",
+        save_steps=config.save_steps or _NEVER,
+        save_total_limit=2,
+        eval_strategy="no" if config.evaluate_steps is None else "steps",
+        eval_steps=config.evaluate_steps,
+        seed=config.seed,
+        use_cpu=use_cpu,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if use_cpu and "RANK" in os.environ else None,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # copies of a model in one process know no masks
+    return arguments
+
+
+def refuse_sharding() -> None:
+    """Stop where accelerate was told to shard the model.
+
+    Raises:
+        ValueError: Under FSDP and DeepSpeed.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise ValueError(
+                f"fine-tuning under {name} is not supported: codes, masks and θ of a layer lie whole in every process. "
+                "Use torchrun, or accelerate launch without it, for data-parallel training; Sparsifier trains sharded "
+                "models (FSDP2)"
+            )
+
+
+class FinetuneTrainer(Trainer):
+    """Trains what a method prepared, and measures as :func:`resu.integrations.finetune.evaluate.evaluate` does.
+
+    Checkpoints hold the state of the model in its present modes (:mod:`resu.integrations.finetune.checkpoint`), and a
+    run that goes on from one equals one that was never stopped, bit for bit.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        config: FinetuneConfig,
+        validation: Sequence[Row],
+        collator: Collator,
+        **options: Any,
+    ) -> None:
+        self.prepared, self.config, self.validation, self.collator = prepared, config, validation, collator
+        super().__init__(model=prepared.model, data_collator=collator, **options)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Over parameters that require a gradient, without those of layers that update themselves."""
+        if self.optimizer is None:
+            own = [p for layer in self.prepared.self_updating if (p := layer.theta) is not None]
+            self.optimizer = make_optimizer(trained(self.prepared.model, own), self.config)
+        return self.optimizer
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """Loss and metric of the validation samples, each name after ``eval_``."""
+        found = evaluate(self.prepared.model, self.validation, self.collator, self.config.batch_size)
+        metrics = {f"eval_{name}": value for name, value in found.items() if name != "count"}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the state of the model into a checkpoint."""
+        if self.args.should_save:
+            write_state(self.prepared.model, Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        read_state(self.prepared.model, Path(resume_from_checkpoint))
+
+
+class _Epochs(TrainerCallback):
+    """Tells the collator which epoch it is, and self-updating layers the present step size."""
+
+    def __init__(self, collator: Collator, layers: Sequence[RESUModule], config: FinetuneConfig) -> None:
+        self.collator, self.layers, self.config = collator, layers, config
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch = int(state.epoch or 0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.layers:
+            rate = kwargs["lr_scheduler"].get_last_lr()[0]
+            for layer in self.layers:
+                now = layer.settings  # entering again with another step size keeps θ
+                layer.enter_qresu_selective_mode(
+                    now.bits, now.epsilon, now.qscheme, now.selective_config, rate, now.weight_decay,
+                    theta_dtype=now.theta_dtype,
+                )  # fmt: skip
+
+
+def make_trainer(
+    prepared: Prepared,
+    config: FinetuneConfig,
+    arguments: TrainingArguments,
+    rows: Sequence[Row],
+    validation: Sequence[Row],
+    collator: Collator,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FinetuneTrainer:
+    """A trainer over samples; self-updating layers get the step size of its schedule."""
+    if prepared.self_updating:
+        own = {id(layer.theta) for layer in prepared.self_updating}
+        # These layers average their gradients themselves, so that DDP must not wait for them.
+        prepared.model._ddp_params_and_buffers_to_ignore = [
+            name for name, p in prepared.model.named_parameters() if id(p) in own
+        ]
+    trainer = FinetuneTrainer(
+        prepared,
+        config,
+        validation,
+        collator,
+        args=arguments,
+        train_dataset=list(rows),
+        eval_dataset=list(validation),
+        callbacks=[_Epochs(collator, prepared.self_updating, config), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
