@@ -31,7 +31,7 @@ def parts(rows, columns, count=1, dtype=torch.float64, sparsity=0.5):
 @pytest.fixture(params=[None, 5], ids=["one tile", "small tiles"])
 def tiles(request, monkeypatch):
     if request.param is not None:
-        monkeypatch.setattr(overlaid, "TILE", 3 * request.param)
+        monkeypatch.setattr(overlaid, "tile_limit", lambda device: 3 * request.param)
         monkeypatch.setattr(overlaid, "CHUNK", request.param)
 
 

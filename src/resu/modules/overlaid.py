@@ -20,11 +20,11 @@ from resu.core.bits import CHUNK, unpack_bits
 from resu.core.counting import positions
 from resu.core.mask import SparseMask
 from resu.core.resurrection import PackedRows, gather_theta
-from resu.modules.assembled import TILE, _autocast
+from resu.kernels.masked_weight import LOW, tile_limit
+from resu.modules.assembled import _autocast
 
 __all__ = ["overlaid_linear", "overlaid_weight"]
 
-_LOW = (torch.float16, torch.bfloat16)
 Holes = list[tuple[int, int, Tensor]]  # start of a chunk in its tile, start in θ, indices in the chunk
 
 _library = torch.library.Library("resu", "FRAGMENT")
@@ -40,7 +40,9 @@ def _tiles(
 ) -> Iterator[tuple[int, int, Tensor, list[Holes]]]:
     """``(r0, r1, rows r0:r1 of W_eff, holes of each θ)`` from the first row to the last; the tile is used again."""
     rows, columns = weight.shape
-    height, step = (max(1, size // max(columns, 1)) for size in (TILE, CHUNK))
+    limit = tile_limit(weight.device)
+    # On the CPU what is looked up for a chunk stays in the cache; elsewhere fewer calls count for more.
+    height, step = (max(1, size // max(columns, 1)) for size in (limit, CHUNK if weight.is_cpu else limit))
     done = [0] * len(thetas)
     buffer = weight.new_empty(min(height, rows), columns, dtype=dtype)
     for r0 in range(0, rows, height):
@@ -87,7 +89,7 @@ def _linear_backward(
     flat = x.reshape(-1, weight.shape[1])
     grad = grad.reshape(-1, weight.shape[0])
     # Many tiles add to grad_x: low precision would round at every one of them.
-    wide = torch.float32 if x.dtype in _LOW else x.dtype
+    wide = torch.float32 if x.dtype in LOW else x.dtype
     grad_x = torch.zeros(flat.shape if need_x else (0,), dtype=wide, device=x.device)
     grad_thetas = [torch.empty_like(theta) for theta in thetas]
     for r0, r1, tile, holes in _tiles(weight, thetas, bitmasks, x.dtype):

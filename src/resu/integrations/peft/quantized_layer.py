@@ -108,7 +108,7 @@ class QRESULayer(nn.Module, BaseTunerLayer):
 
         entries: Any = self.qresu_bitmask
         mask, offsets = entries.derived("offsets", derive)
-        return PackedRows(bits, codes, scale, zero, offsets, self.columns, self.bits), mask
+        return PackedRows(codes, bits, scale, zero, offsets, self.columns, self.bits), mask
 
     def _free(self) -> None:
         weight = self._base.weight
