@@ -46,6 +46,7 @@ def _linear(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, *rest: 
                 torch.mm(flat, tile.t(), out=y[:, r0:r1])
             else:
                 torch.addmm(bias[r0:r1], flat, tile.t(), out=y[:, r0:r1])
+            del tile  # before the next one is made
         return y.view(*x.shape[:-1], n)
     # Rows are inputs: every tile adds to the whole output, and low precision would round at every one of them.
     total = _wide_zeros((flat.shape[0], n), x)
@@ -72,6 +73,7 @@ def _linear_backward(grad: Tensor, x: Tensor, left: Tensor, right: Tensor, *rest
                 grad_x[:, r0:r1] = grad @ tile.t()
             else:
                 _add_product(grad_x, grad[:, r0:r1], tile)
+            del tile  # one tile at a time
         if need_left or need_right:
             gradient = (rows[:, r0:r1].t() @ others).to(base.wide)
             through_mask_(gradient, base, r0, r1, rule)
@@ -79,6 +81,7 @@ def _linear_backward(grad: Tensor, x: Tensor, left: Tensor, right: Tensor, *rest
                 torch.mm(gradient, wide_right.t(), out=grad_left[r0:r1])
             if need_right:
                 grad_right.addmm_(wide_left[r0:r1].t(), gradient)
+            del gradient
     return (
         grad_x.to(x.dtype).view(x.shape if need_x else (0,)), grad_left.to(left.dtype), grad_right.to(right.dtype),
     )  # fmt: skip

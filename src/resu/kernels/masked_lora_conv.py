@@ -76,6 +76,7 @@ def _conv2d_backward(grad: Tensor, x: Tensor, left: Tensor, right: Tensor, *rest
                 torch.mm(gradient, wide_right.t(), out=grad_left[r0:r1])
             if need_right:
                 grad_right.addmm_(wide_left[r0:r1].t(), gradient)
+        del of_input, gradient  # before the next ones are made
     return grad_x.to(x.dtype), grad_left.to(left.dtype), grad_right.to(right.dtype)
 
 
