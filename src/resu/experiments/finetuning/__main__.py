@@ -1,0 +1,122 @@
+"""``python -m resu.experiments.finetuning``: run what is missing, write the table and the plot.
+
+    python -m resu.experiments.finetuning --tune --csv tuning.csv           # learning rates, on held-out data
+    python -m resu.experiments.finetuning --csv rows.csv --rates tuning.csv --out docs
+
+The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from resu.experiments.finetuning.front import TITLES, draw_front, points, rate, table
+from resu.experiments.finetuning.run import Row, run
+from resu.experiments.finetuning.tasks import TASKS, Task, load_task
+from resu.experiments.finetuning.ways import KINDS, Way
+from resu.experiments.plots import to_png
+from resu.experiments.rows import append, read
+from resu.experiments.workers import spread
+
+Job = tuple[str, Way, int, int, float, str, bool]
+
+
+@cache
+def _task(name: str, data: Path, folder: Path) -> Task:
+    return load_task(name, data, folder)
+
+
+def _one(shared: tuple[Path, Path, Path], *job: object) -> None:
+    """A run in a process of its own; its row goes out at once."""
+    data, folder, csv = shared
+    name, way, seed, steps, lr, part, measured = job
+    assert isinstance(name, str)
+    assert isinstance(way, Way)
+    torch.compiler.set_stance("force_eager")  # torchao compiles its optimizer, for minutes in every process
+    task = _task(name, data, folder)
+    row = run(task, way, int(str(seed)), int(str(steps)), float(str(lr)), str(part), measured=bool(measured))
+    append(csv, row)
+
+
+def jobs(given: argparse.Namespace, done: Sequence[Row], rates: Sequence[Row]) -> list[Job]:
+    """What there is to do and is not done yet."""
+    known = {(row.task, row.kind, row.size, row.seed, row.part, row.lr) for row in done}
+    chosen = {(row.task, row.kind, row.size, row.seed) for row in done if row.part == "test"}
+    found: list[Job] = []
+    for task in given.tasks:
+        for kind in given.kinds:
+            sizes = KINDS[kind].sizes if given.sizes is None else tuple(given.sizes)
+            if kind == "head" and task == "stories":
+                continue  # it has none
+            for size in sorted({min(sizes), max(sizes)}) if given.tune else sizes:
+                way = Way(kind, size)
+                if given.tune:
+                    tries = [(0, lr, "dev") for lr in KINDS[kind].rates]
+                    found += [
+                        (task, way, seed, given.steps, lr, part, False)
+                        for seed, lr, part in tries
+                        if (task, kind, size, seed, part, lr) not in known
+                    ]
+                    continue
+                lr = rate(rates, task, way)
+                if lr is None:
+                    raise SystemExit(f"{kind} has no learning rate in {given.rates}; run with --tune first")
+                found += [
+                    (task, way, seed, given.steps, lr, "test", seed == given.seeds[0])
+                    for seed in given.seeds
+                    if (task, kind, size, seed) not in chosen
+                ]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(prog="python -m resu.experiments.finetuning", description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("RESU_DATA") or "../shared/data"))
+    parser.add_argument("--csv", type=Path, required=True, help="rows; what is in it is not run again")
+    parser.add_argument("--rates", type=Path, help="rows of --tune, which learning rates are taken from")
+    parser.add_argument("--tune", action="store_true", help="try learning rates on held-out data, seed 0")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--sizes", nargs="+", type=float, help="instead of those of each kind")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--out", type=Path, help="folder for finetuning_front.md and .png, written over")
+    given = parser.parse_args(arguments)
+    if not given.tune and given.rates is None:
+        parser.error("--rates is needed: the CSV that --tune wrote")
+    rates = read(given.rates, Row) if given.rates is not None else []
+    todo = jobs(given, read(given.csv, Row), rates)
+    print(f"{len(todo)} runs", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = (given.data, Path(folder), given.csv)
+        for name in given.tasks:  # files that runs share are made once
+            if todo:
+                load_task(name, given.data, Path(folder))
+
+        def tell(job: tuple[object, ...]) -> None:
+            name, way, seed, _, lr, *_ = job
+            assert isinstance(way, Way)
+            print(f"{name}: {way.label}, seed {seed}, rate {lr:g}", flush=True)
+
+        spread(_one, shared, todo, given.jobs, tell)
+    if given.out is not None and not given.tune:
+        found = points(read(given.csv, Row))
+        names = list(dict.fromkeys(point.task for point in found))
+        parts = [f"### {TITLES[name]}\n\n{table([p for p in found if p.task == name])}\n" for name in names]
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "finetuning_front.md").write_text("\n".join(parts), encoding="utf-8")
+        (given.out / "finetuning_front.png").write_bytes(to_png(draw_front(found)))
+        print(f"wrote {given.out / 'finetuning_front.md'} and .png")
+
+
+if __name__ == "__main__":
+    main()

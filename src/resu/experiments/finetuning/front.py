@@ -1,0 +1,176 @@
+"""Rows of fine-tuned models to a table, a plot and the front: what no other way beats in both accuracy and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from resu.experiments.finetuning.run import Row
+from resu.experiments.finetuning.ways import KINDS, Way
+from resu.experiments.plots import COLOURS, MARKERS, legend_below, new_figure, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["OURS", "Point", "draw_front", "front", "points", "rate", "table"]
+
+#: Kinds whose method is resurrection.
+OURS = ("resu", "qresu8", "qresu4", "selective")
+TITLES = {"sst2": "SST-2 sentences", "trec": "TREC questions", "stories": "stories260K on tinyshakespeare"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way on one task, over seeds.
+
+    Attributes:
+        task: Name of the task.
+        way: The way.
+        metric: ``"accuracy"`` or ``"loss"``.
+        values: One per seed.
+        trained: Values that train.
+        state: Bytes held between steps.
+        peak: Bytes at the peak of a step.
+        lean: The same with gradient checkpointing and updates in the backward pass.
+    """
+
+    task: str
+    way: Way
+    metric: str
+    values: tuple[float, ...]
+    trained: int
+    state: int
+    peak: int
+    lean: int
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; 0 for a single one."""
+        return stdev(self.values) if len(self.values) > 1 else 0.0
+
+
+def points(rows: Iterable[Row]) -> list[Point]:
+    """Rows of the test part, by task and way; memory was measured with one of the seeds."""
+    groups: dict[tuple[str, str, float], list[Row]] = {}
+    for row in rows:
+        if row.part == "test":
+            groups.setdefault((row.task, row.kind, row.size), []).append(row)
+    return [
+        Point(
+            task,
+            Way(kind, size),
+            some[0].metric,
+            tuple(row.value for row in sorted(some, key=lambda row: row.seed)),
+            some[0].trained,
+            max(row.state_bytes for row in some),
+            max(row.peak_bytes for row in some),
+            max(row.lean_bytes for row in some),
+        )
+        for (task, kind, size), some in groups.items()
+    ]
+
+
+def front(found: Sequence[Point], memory: str = "lean") -> list[Point]:
+    """The points of one task that no other beats: none is as good or better in less or equal memory.
+
+    Args:
+        found: Points of one task.
+        memory: Which of ``"state"``, ``"peak"`` and ``"lean"`` counts.
+
+    Returns:
+        By rising memory.
+    """
+    best: list[Point] = []
+    for point in sorted(found, key=lambda p: (getattr(p, memory), _badness(p))):
+        if not best or _badness(point) < _badness(best[-1]):
+            best.append(point)
+    return best
+
+
+def _badness(point: Point) -> float:
+    return -point.mean if point.metric == "accuracy" else point.mean
+
+
+def rate(rows: Iterable[Row], task: str, way: Way) -> float | None:
+    """The learning rate that was best on held-out data, for this kind at the nearest size that was tried.
+
+    Where the task was not tuned, what was found on another counts. None: nothing was tried.
+    """
+    tried = [row for row in rows if row.part == "dev" and row.kind == way.kind]
+    tried = [row for row in tried if row.task == task] or tried
+    if not tried:
+        return None
+    near = min(abs(row.size - way.size) for row in tried)
+    tried = [row for row in tried if abs(row.size - way.size) == near]
+    return min(tried, key=lambda row: -row.value if row.metric == "accuracy" else row.value).lr
+
+
+def table(found: Sequence[Point]) -> str:
+    """Points of one task as a Markdown table, by memory at the peak of a lean step; the front in bold."""
+    if not found:
+        return ""
+    first = {id(point) for point in front(found)}
+    unit = "accuracy, %" if found[0].metric == "accuracy" else "loss"
+    lines = [
+        f"| way | trained | state, MB | peak, MB | lean peak, MB | {unit} |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    digits = 1 if found[0].metric == "accuracy" else 3
+    for point in sorted(found, key=lambda p: (p.lean, p.way.label)):
+        value = f"{point.mean:.{digits}f} ± {point.spread:.{digits}f}"
+        cells = [point.way.label, f"{point.trained:,}".replace(",", " ")]
+        cells += [f"{size / 1e6:.1f}" for size in (point.state, point.peak, point.lean)] + [value]
+        bold = id(point) in first
+        lines.append("| " + " | ".join(f"**{cell}**" if bold else cell for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_front(found: Sequence[Point], memory: str = "lean") -> Figure:
+    """A panel per task: the metric against measured memory, a line along the front."""
+    tasks = list(dict.fromkeys(point.task for point in found))
+    figure = new_figure(6.4 * max(len(tasks), 1), 5.4)
+    axes: Any = figure.subplots(1, max(len(tasks), 1), squeeze=False)[0]
+    looks = _looks()
+    for ax, task in zip(axes, tasks, strict=False):
+        here = [point for point in found if point.task == task]
+        line = front(here, memory)
+        ax.plot([getattr(p, memory) / 1e6 for p in line], [p.mean for p in line], color="#BBBBBB", lw=5, zorder=0)
+        for kind in KINDS:
+            some = sorted((p for p in here if p.way.kind == kind), key=lambda p: p.way.size)
+            if not some:
+                continue
+            colour, marker = looks[kind]
+            ax.errorbar(
+                [getattr(p, memory) / 1e6 for p in some],
+                [p.mean for p in some],
+                yerr=[p.spread for p in some],
+                color=colour,
+                marker=marker,
+                lw=1.2 if kind in OURS else 0.8,
+                ls="-" if kind in OURS else ":",
+                capsize=2,
+                label=KINDS[kind].label,
+            )
+        what = {"lean": "peak memory of a step, MB", "peak": "peak memory of a plain step, MB", "state": "held, MB"}
+        tidy(ax, TITLES.get(task, task), what[memory], "test accuracy (%)" if here[0].metric == "accuracy" else "loss")
+        if here[0].metric != "accuracy":
+            ax.invert_yaxis()  # better is up everywhere
+    if tasks:
+        legend_below(figure, 4)
+    return figure
+
+
+def _looks() -> Mapping[str, tuple[str, str]]:
+    ours = dict(zip(OURS, COLOURS, strict=False))
+    others = [kind for kind in KINDS if kind not in OURS]
+    return {
+        kind: (ours.get(kind, "#555555"), "o" if kind in OURS else (*MARKERS[1:], "<", ">")[others.index(kind)])
+        for kind in KINDS
+    }
