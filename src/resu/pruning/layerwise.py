@@ -8,12 +8,14 @@ Layers outside of blocks are pruned where they come in the order of execution, b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from resu.core.layers import Layer
 from resu.pruning.blocks import Chain, Unit, plan_units
@@ -23,14 +25,33 @@ from resu.pruning.placement import Placement, outer_items
 from resu.pruning.statistics import eager, run_batch, undisturbed
 from resu.pruning.trees import leaves, map_leaves
 
-__all__ = ["Activations", "Visit", "Walk"]
+__all__ = ["Activations", "Step", "Visit", "Walk"]
 
 Visit = Callable[[Unit, Inputs], None]
 Activations = list[dict[Slot, Any]]
+Weights = Mapping[str, Tensor]
 
 
 class _Reached(BaseException):
     """Ends a forward pass; no handler of ``Exception`` in a model's code stops it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A block in its turn: it can be run on any batch, as often as wanted, before the walk goes on.
+
+    Attributes:
+        block: The block, on the device that computes.
+        run: ``run(batch index, weights=None) -> output`` on what the blocks before it have given; ``weights``,
+            ``{parameter name inside the block: tensor}``, take the place of the block's own.
+        keep: ``keep(batch index, output)``: this is what later blocks are given; batches for which nothing is kept
+            run once more at the end of the step.
+    """
+
+    block: nn.Module
+    run: Callable[..., Any]
+    keep: Callable[[int, Any], None]
+    _kept: set[int] = field(default_factory=set)
 
 
 class Walk:
@@ -44,6 +65,7 @@ class Walk:
         forward: ``forward(model, batch)`` where the default is not right.
         device: Where to compute; None: where the model is. With another device than the model's, one block at a time
             is moved there.
+        store: Where activations wait until they are needed: given one, returns an equal one; None: main memory.
 
     Attributes:
         units: What is visited, in order.
@@ -60,8 +82,10 @@ class Walk:
         blocks: str | Iterable[str] | None = None,
         forward: Callable[[nn.Module, Any], object] | None = None,
         device: torch.device | str | None = None,
+        store: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model, self.layers, self.run = model, layers, forward or run_batch
+        self._store = store
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("there is no calibration batch; pass at least one")
@@ -125,7 +149,7 @@ class Walk:
         """
         held: Activations = [dict(one) for one in activations or [{} for _ in self.batches]]
         if start < len(self.units):
-            self._recapture(self.units[start], held)
+            self.catch_up(self.units[start], held)
         for number, unit in enumerate(self.units[start:], start + 1):
             if unit.chain is None:
                 if unit.layers:
@@ -147,34 +171,64 @@ class Walk:
             visit(unit, inputs)
 
     def _block(self, unit: Unit, needs: Collection[str], visit: Visit, pruning: bool, held: Activations) -> None:
+        with self.at(unit, held) as step:
+            if not unit.layers:
+                return
+            inputs = self._inputs(unit, needs)
+            for i, batch in enumerate(self.batches):
+                with inputs.watching(padding_masks(batch)):
+                    output = step.run(i)
+                if not pruning:
+                    step.keep(i, output)
+            visit(unit, inputs)
+
+    @contextmanager
+    def at(self, unit: Unit, held: Activations) -> Iterator[Step]:
+        """A block of a chain in its turn; afterwards ``held`` is what the next one takes.
+
+        Args:
+            unit: Of a chain; units are to come in order, each once for each ``held``.
+            held: What the blocks before have given for each batch; changed in place. Begin with empty ones.
+        """
         assert unit.chain is not None
-        chain = self.chains[unit.chain]
-        if unit.index in chain.captures:
-            self._capture(chain, unit.index, held)
+        chain, index = self.chains[unit.chain], unit.index
+        if index in chain.captures:
+            self._capture(chain, index, held)
         block = self.model.get_submodule(unit.name)
-        needed = chain.needed(unit.index)
-        made = [slot for slot in needed if slot.kind == "out" and slot.block == unit.index]
+        needed = chain.needed(index)
+        made = [slot for slot in needed if slot.kind == "out" and slot.block == index]
+
+        def run(i: int, weights: Weights | None = None) -> Any:
+            return self._call(block, chain, index, i, held, weights)
+
+        def keep(i: int, output: Any) -> None:
+            found = dict(leaves(output)) if made else {}
+            held[i].update({slot: self._kept(found[slot.path]) for slot in made})
+            step._kept.add(i)
+
+        step = Step(block, run, keep)
         with self.placement.here(block):
-            if unit.layers:
-                inputs = self._inputs(unit, needs)
-                for i, batch in enumerate(self.batches):
-                    with inputs.watching(padding_masks(batch)):
-                        output = self._call(block, chain, unit.index, i, held)
-                    if not pruning:
-                        self._keep(output, made, held[i])
-                visit(unit, inputs)
-            if made and (pruning or not unit.layers):
+            yield step
+            if made:
                 for i in range(len(self.batches)):
-                    self._keep(self._call(block, chain, unit.index, i, held), made, held[i])
+                    if i not in step._kept:
+                        keep(i, run(i))
         for one in held:
             for slot in [s for s in one if s not in needed]:
                 del one[slot]
 
-    def _keep(self, output: Any, made: Sequence[Slot], held: dict[Slot, Any]) -> None:
-        found = dict(leaves(output)) if made else {}
-        held.update({slot: self.placement.kept(found[slot.path]) for slot in made})
+    def waiting(self, held: Mapping[Slot, Any], unit: Unit, path: Any, x: Tensor) -> Tensor:
+        """An output of a block where it waits: in ``held`` if it is kept there already."""
+        known = held.get(Slot("out", unit.index, path))
+        return self._kept(x) if known is None else known  # type: ignore[no-any-return]
 
-    def _call(self, block: nn.Module, chain: Chain, index: int, batch: int, held: Activations) -> Any:
+    def _kept(self, x: Any) -> Any:
+        waiting = self.placement.kept(x)
+        return self._store(waiting) if self._store is not None and isinstance(waiting, Tensor) else waiting
+
+    def _call(
+        self, block: nn.Module, chain: Chain, index: int, batch: int, held: Activations, weights: Weights | None
+    ) -> Any:
         def value(path: Any, leaf: Slot | Const) -> Any:
             x = held[batch][leaf] if isinstance(leaf, Slot) else leaf.value
             if not isinstance(x, Tensor):
@@ -184,11 +238,12 @@ class Walk:
 
         args, kwargs = map_leaves(value, chain.templates[self._kinds[batch]][index])
         with _autocast(self._autocast[batch]):
-            return block(*args, **kwargs)
+            return block(*args, **kwargs) if weights is None else functional_call(block, dict(weights), args, kwargs)
 
     # -- what a block is given from outside of its chain
 
-    def _recapture(self, unit: Unit, held: Activations) -> None:
+    def catch_up(self, unit: Unit, held: Activations) -> None:
+        """Before a start at ``unit`` in the middle of a chain: add what earlier blocks were given from outside."""
         if unit.chain is None or not unit.index:
             return
         chain = self.chains[unit.chain]
@@ -211,7 +266,7 @@ class Walk:
 
                 def reached(module: nn.Module, args: Any, kwargs: Any, i: int = i) -> None:
                     given = dict(leaves((tuple(args), dict(kwargs))))
-                    held[i].update({s: self.placement.kept(given[s.path]) for s in wanted if s.path in given})
+                    held[i].update({s: self._kept(given[s.path]) for s in wanted if s.path in given})
                     self._autocast[i] = _autocast_now(self.placement.device.type)
                     raise _Reached
 

@@ -24,7 +24,7 @@ from resu.pruning.one_shot_run import Job
 from resu.pruning.statistics import collect
 from resu.pruning.targets import pruning_targets
 
-__all__ = ["PruneResult", "prune_model"]
+__all__ = ["PruneResult", "calibration_list", "prune_model"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def prune_model(
     budget = plan_budget(layers, sparsity, chosen, distribution, stack_rows(layers))
     skipped |= {name: "matched by no glob of sparsity" for name in layers if name not in budget.sparsities}
     layers = {name: layers[name] for name in budget.sparsities}
-    batches = _check_data(recipe, _batches(calibration), loss_fn)
+    batches = _check_data(recipe, calibration_list(calibration), loss_fn)
     _check_values(model, layers, everything=bool(recipe.needs))
     asked = {
         "method": method,
@@ -193,7 +193,12 @@ def _check_values(model: nn.Module, layers: Mapping[str, Layer], *, everything: 
             check_finite(parameter, repr(name))
 
 
-def _batches(calibration: Iterable[Any] | None) -> list[Any] | None:
+def calibration_list(calibration: Iterable[Any] | None) -> list[Any] | None:
+    """Batches as a list; what is one batch is a list of one, and None stays None.
+
+    Raises:
+        TypeError: If it is a path, or nothing that can be gone through.
+    """
     if calibration is None:
         return None
     if isinstance(calibration, (str, bytes, os.PathLike)):
