@@ -148,6 +148,10 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     setattr(owner, attribute, new)
     if isinstance(owner, nn.TransformerEncoderLayer) and isinstance(new, SparseLoRALayer):
         new.watch_calls()
+        parts = name.split(".")
+        for above in (model.get_submodule(".".join(parts[:n])) for n in range(len(parts))):
+            if isinstance(above, nn.TransformerEncoder):
+                above.use_nested_tensor = False  # which its layers take on their fast path only
     return model
 
 
