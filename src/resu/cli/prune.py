@@ -131,7 +131,7 @@ def command(
             dtype=parse_dtype(dtype),
             device=parse_device(device),
             seed=seed,
-            progress=_shown_by(bar),
+            progress=shown_by(bar),
         )
     if as_json:
         print_json({**report, "out": str(out)})
@@ -152,7 +152,7 @@ def _as_options() -> Iterator[None]:
         raise CliError(told) from None
 
 
-def _shown_by(bar: Progress) -> Callable[[int, int, str], None]:
+def shown_by(bar: Progress) -> Callable[[int, int, str], None]:
     """A callback that draws a line per kind of work; a new kind is one with another total, or that starts again."""
     task, last, of = None, 0, -1
 

@@ -98,6 +98,8 @@ class FinetuneConfig:
         schedule: ``linear`` or ``cosine`` to 0, or ``constant``.
         clip: Largest norm of the gradient; 0: none.
         optimizer: ``adamw``, ``adamw8bit`` (torchao or bitsandbytes), ``adafactor``, ``sgd`` (with momentum 0.9).
+        in_backward: Whether each weight is updated as soon as its gradient is there, so that gradients of layers never
+            coexist (:mod:`resu.training.update_in_backward`); for ``clip`` 0, one pass per step and one process.
         dtype: Of the weights; None: as stored.
         autocast: ``bfloat16``: products in it; None: none.
         gradient_checkpointing: Whether activations are computed a second time instead of kept.
@@ -150,6 +152,7 @@ class FinetuneConfig:
     schedule: str = "linear"
     clip: float = 1.0
     optimizer: str = "adamw"
+    in_backward: bool = False
     dtype: str | None = None
     autocast: str | None = None
     gradient_checkpointing: bool = False
@@ -257,6 +260,10 @@ def _check_use(config: FinetuneConfig) -> None:
         raise ValueError(f"{method!r} has no θ to commit; commit is for {', '.join(_THETA)}")
     if config.commit == "amnesty" and config.pattern is not None and not _free(config.pattern):
         raise ValueError(f"amnesty divides places between single weights, not within {config.pattern}; commit sparse")
+    if config.in_backward and (config.clip or config.accumulate > 1):
+        raise ValueError(
+            "in-backward leaves no gradient behind, which clip and accumulate need; use clip 0 and accumulate 1"
+        )
     if method == "qresu-selective":
         if config.accumulate > 1:
             raise ValueError("qresu-selective moves θ as each gradient arrives and cannot accumulate; use accumulate 1")

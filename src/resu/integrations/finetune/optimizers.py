@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from resu.integrations.finetune.config import FinetuneConfig
+from resu.training.update_in_backward import optimizer_in_backward
 
 __all__ = ["make_optimizer", "trained"]
 
@@ -37,6 +38,12 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: FinetuneConfig) 
         if group
     ]
     groups = groups or [{"params": [nn.Parameter(torch.zeros(0))], "weight_decay": 0.0}]
+    if config.in_backward:
+        return optimizer_in_backward(groups, lambda some: _made(some, config))
+    return _made(groups, config)
+
+
+def _made(groups: list[dict[str, Any]], config: FinetuneConfig) -> Optimizer:
     rate = config.step_size
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=rate)
@@ -50,10 +57,10 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: FinetuneConfig) 
 def _adamw8bit(groups: list[dict[str, Any]], rate: float) -> Optimizer:
     """AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861): of torchao, else of bitsandbytes."""
     try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
+        from torchao.optim import AdamW8bit
     except ImportError:
         try:
-            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+            from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ImportError(
                 "optimizer 'adamw8bit' needs torchao (pip install torchao) or bitsandbytes", name=error.name

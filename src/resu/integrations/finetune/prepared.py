@@ -14,8 +14,10 @@ from resu.core.mask import SparseMask
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.model import LoadedModel, head_names
 from resu.modules.base import RESUModule
+from resu.modules.convert import get_resu_modules
+from resu.modules.settings import RESUMode
 
-__all__ = ["Masks", "Prepared", "beside", "head_parameters", "let_train", "prepare"]
+__all__ = ["Masks", "Prepared", "beside", "head_parameters", "let_train", "prepare", "trained_values"]
 
 Masks = dict[str, SparseMask]
 
@@ -119,3 +121,13 @@ def let_train(model: nn.Module, names: list[str]) -> None:
     parameters = dict(model.named_parameters())
     for name in names:
         parameters[name].requires_grad_(True)
+
+
+def trained_values(prepared: Prepared) -> int:
+    """How many values train: of a weight with a mask, those that are free to move."""
+    model = prepared.model
+    total: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = [layer.mask for layer in get_resu_modules(model).values() if layer.mode is RESUMode.RESU]
+    held: int = sum(mask.n_active for mask in frozen if mask is not None)
+    zeros: int = sum(constraint.mask.n_pruned for constraint in prepared.constraints)
+    return total - held - zeros

@@ -20,7 +20,7 @@ from resu.integrations.finetune.data import Examples, Row, has_labels, label_nam
 from resu.integrations.finetune.evaluate import METRICS, evaluate
 from resu.integrations.finetune.masks import MASK_FILE, settle_masks, target_names
 from resu.integrations.finetune.model import LoadedModel, load_for_task, settle_task, usual_length
-from resu.integrations.finetune.prepared import Masks, Prepared, prepare
+from resu.integrations.finetune.prepared import Masks, Prepared, prepare, trained_values
 from resu.integrations.finetune.save import ADAPTER, LOG, save_adapter, save_run
 from resu.integrations.finetune.trainer import FinetuneTrainer, make_arguments, make_trainer, refuse_sharding
 from resu.integrations.finetune.work import Work
@@ -97,6 +97,7 @@ class _Job:
     arguments: Any
     names: list[str]
     progress: Progress | None
+    parameters: int
     prepared: Prepared | None = None
     interrupts: Interrupts | None = None
 
@@ -123,7 +124,8 @@ class _Job:
         each = math.ceil(math.ceil(len(rows) / (config.batch_size * world)) / config.accumulate)
         steps = config.steps or max(1, math.ceil(config.epochs * each))
         arguments = make_arguments(config, work.folder, steps)
-        return cls(config, work, loaded, rows, validation, collator, arguments, names, progress)
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        return cls(config, work, loaded, rows, validation, collator, arguments, names, progress, parameters)
 
     def measure(self, model: Any) -> dict[str, float]:
         """Loss and metric of a model on the validation samples."""
@@ -156,7 +158,6 @@ class _Job:
             before = {"source": source, "start": self.measure(self.prepared.model)}
             if self.arguments.should_save:
                 self.work.note_start(before)
-        trainable = sum(p.numel() for p in self.prepared.model.parameters() if p.requires_grad)
         memory, trainer = MemoryWatch(), None
         started = time.monotonic()
         with Interrupts() as self.interrupts:
@@ -173,8 +174,8 @@ class _Job:
             "labels": self.names,
             "settings": config.to_json(),
             "evaluation": {"metric": METRICS[config.task], **before, "end": self.measure(self.prepared.model)},
-            "trained": trainable,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained": trained_values(self.prepared),
+            "parameters": self.parameters,
             "memory": memory.report(),
             "steps": trainer.state.global_step,
             "seconds": time.monotonic() - started,
