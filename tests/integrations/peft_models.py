@@ -73,9 +73,26 @@ TARGETS = {
 
 
 def base_model(kind):
-    """The same weights at every call."""
+    """The same weights at every call; targets are 0 at a tenth of their positions, where :func:`masks` prune."""
     torch.manual_seed(1)
-    return MODELS[kind]().eval()
+    model = MODELS[kind]().eval()
+    for layer, mask in _masked(kind, model):
+        layer.weight.data.mul_(mask)  # also -0.0
+    return model
+
+
+def masks(kind):
+    """``{parameter name: mask}`` of the targets."""
+    model = MODELS[kind]()
+    found = dict(_masked(kind, model))
+    return {f"{name}.weight": found[layer] for name, layer in model.named_modules() if layer in found}
+
+
+def _masked(kind, model):
+    generator = torch.Generator().manual_seed(4)
+    for name, layer in model.named_modules():
+        if name.split(".")[-1] in TARGETS[kind]:
+            yield layer, torch.rand(layer.weight.shape, generator=generator) >= 0.1
 
 
 def example(kind):

@@ -1,4 +1,4 @@
-"""RESU and QRESU as methods of Hugging Face PEFT: ``get_peft_model(model, RESUAdapterConfig(…))``.
+"""RESU, QRESU and sparse LoRA as methods of Hugging Face PEFT: ``get_peft_model(model, RESUAdapterConfig(…))``.
 
 Importing this package makes its methods known to PEFT (:func:`register`), so that ``PeftModel.from_pretrained`` and
 ``AutoPeftModel…`` find them by the ``peft_type`` in ``adapter_config.json``. Everything else is PEFT's own.
@@ -9,6 +9,9 @@ from resu.integrations.peft.config import QRESUAdapterConfig, RESUAdapterConfig
 from resu.integrations.peft.layer import RESULayer
 from resu.integrations.peft.quantized_layer import QRESULayer
 from resu.integrations.peft.quantized_tuner import QRESUTuner
+from resu.integrations.peft.sparse_lora_config import SparseLoRAAdapterConfig
+from resu.integrations.peft.sparse_lora_layer import SparseLoRALayer
+from resu.integrations.peft.sparse_lora_tuner import SparseLoRATuner
 from resu.integrations.peft.tuner import RESUTuner
 
 __all__ = [
@@ -18,6 +21,9 @@ __all__ = [
     "RESUAdapterConfig",
     "RESULayer",
     "RESUTuner",
+    "SparseLoRAAdapterConfig",
+    "SparseLoRALayer",
+    "SparseLoRATuner",
     "register",
 ]
 
@@ -30,6 +36,7 @@ def register() -> None:
     """
     register_method("resu", RESUAdapterConfig, RESUTuner)
     register_method("qresu", QRESUAdapterConfig, QRESUTuner)
+    register_method("sparse_lora", SparseLoRAAdapterConfig, SparseLoRATuner)
 
 
 register()
