@@ -31,7 +31,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -43,6 +42,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # absent in torch 2.4, which Cerebras' ModelZoo pins
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _LARGEST_HEADER = 100_000_000  # as the safetensors library has it
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")

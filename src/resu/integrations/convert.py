@@ -92,7 +92,13 @@ def convert(
 
 
 def write_folder(
-    plan: Plan, source: Path, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+    plan: Plan,
+    source: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    more: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:
     """Write a model folder as planned, whole or not at all, one weight in memory at a time.
 
@@ -102,6 +108,7 @@ def write_folder(
         out: The folder to write.
         overwrite: Whether an earlier result at ``out`` may be replaced.
         progress: Called with ``(done, total, name)``.
+        more: Writes further files into the folder, before it gets its name.
 
     Returns:
         The report of :func:`convert`.
@@ -114,6 +121,7 @@ def write_folder(
                 _write_file(plan, file, temporary / file, done, progress)
                 done += len(names)
         _write_beside(plan, source, temporary)
+        more(temporary)
     return _report(plan, source, out)
 
 
