@@ -227,8 +227,8 @@ def _tell(report: Mapping[str, Any], out: Path) -> None:
         lines.append(f"  sparsity {report['sparsity']:.6g} of the pruned layers")
     if memory := report["memory"]:
         lines.append(
-            f"  memory of a step: {format_bytes(memory['peak'])} at most, {format_bytes(memory['state'])} of it weights, masks "
-            "and optimizer state"
+            f"  memory of a step: {format_bytes(memory['peak'])} at most, {format_bytes(memory['state'])} of it for "
+            "weights, masks and optimizer state"
         )
     lines += [f"  note: {note}" for note in report["notes"]]
     lines.append(f"\n{out}: {format_bytes(report['bytes'])} of weights; settings and results in run.json")

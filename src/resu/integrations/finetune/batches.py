@@ -72,18 +72,13 @@ class Collator:
         filling = batch["attention_mask"] == 0
         if self.task == "causal-lm":
             return batch | {"labels": batch["input_ids"].masked_fill(filling, IGNORED)}
-        special = filling.clone()
-        for token in self.tokenizer.all_special_ids:
-            special |= batch["input_ids"] == token
-        pairs = [
-            mask_tokens(
-                batch["input_ids"][i],
-                special[i],
-                self.tokenizer.mask_token_id,
-                len(self.tokenizer),
-                derived_generator(self.seed, "masked", self.epoch, row["index"]),
+        special = torch.tensor(sorted(self.tokenizer.all_special_ids))
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        for i, row in enumerate(rows):  # without its padding, which differs from batch to batch
+            ids = torch.tensor(row["input_ids"])
+            draws = derived_generator(self.seed, "masked", self.epoch, row["index"])
+            inputs, wanted = mask_tokens(
+                ids, torch.isin(ids, special), self.tokenizer.mask_token_id, len(self.tokenizer), draws
             )
-            for i, row in enumerate(rows)
-        ]
-        inputs, labels = (torch.stack(one) for one in zip(*pairs, strict=True))
-        return batch | {"input_ids": inputs, "labels": labels}
+            batch["input_ids"][i, : len(ids)], labels[i, : len(ids)] = inputs, wanted
+        return batch | {"labels": labels}
