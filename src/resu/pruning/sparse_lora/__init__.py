@@ -11,6 +11,7 @@ from resu.pruning.sparse_lora.adapters import (
 )
 from resu.pruning.sparse_lora.apply import apply_sparse_lora, get_lora_layers, lora_parameters, unload_sparse_lora
 from resu.pruning.sparse_lora.config import SparseLoRAConfig
+from resu.pruning.sparse_lora.files import load_adapter, save_adapter
 from resu.pruning.sparse_lora.kinds import SparseLoRAConv1D, SparseLoRAConv2d, SparseLoRALinear
 from resu.pruning.sparse_lora.merging import merge_all_lora_weights, merge_loss, unmerge_all_lora_weights
 from resu.pruning.sparse_lora.validation import validate_sparsity_preserved
@@ -27,10 +28,12 @@ __all__ = [
     "disabled_adapters",
     "enable_adapters",
     "get_lora_layers",
+    "load_adapter",
     "load_adapter_state_dict",
     "lora_parameters",
     "merge_all_lora_weights",
     "merge_loss",
+    "save_adapter",
     "set_adapters",
     "unload_sparse_lora",
     "unmerge_all_lora_weights",
