@@ -39,8 +39,8 @@ def write_cerebras(
     """Write a pruned model folder so that Cerebras' trainer knows what is pruned.
 
     ``kind="zeros"``: a folder as ``resu export --to dense`` writes it, for ModelZoo's ``convert_checkpoint`` tool,
-    which renames weights and carries zeros along; Cerebras' ``init_method: from_zeros`` then takes every 0 for pruned. A
-    kept weight that is 0 would be lost by that (one in a matrix without a mask too), so it is written as the smallest
+    which renames weights and carries zeros along; Cerebras' ``init_method: from_zeros`` then takes every 0 for pruned.
+    A kept weight that is 0 would be lost by that (one in a matrix without a mask too), so it is written as the smallest
     normal number of its dtype (1.2e-38 in bfloat16), and the report says how many there were. Embeddings, which
     Cerebras leaves dense, stay as they are.
 
