@@ -12,7 +12,18 @@ from resu.cli._common import OneLineErrors
 __all__ = ["COMMANDS", "build_app"]
 
 # One module of resu.cli each; it defines `command` and EXAMPLE.
-COMMANDS = ("quickstart", "train", "finetune", "leaderboard", "prune", "inspect", "validate", "convert", "plan")
+COMMANDS = (
+    "quickstart",
+    "train",
+    "finetune",
+    "leaderboard",
+    "prune",
+    "inspect",
+    "validate",
+    "convert",
+    "export",
+    "plan",
+)
 
 
 def resu(

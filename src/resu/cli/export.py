@@ -33,6 +33,9 @@ def command(
     tolerance: Annotated[
         float | None, typer.Option("--tolerance", help="onnx: how far outputs may differ, of the largest [1e-4].")
     ] = None,
+    masks_as: Annotated[
+        str | None, typer.Option("--masks-as", help="cerebras: zeros (of the weights) or tensors (of a checkpoint).")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -43,10 +46,30 @@ def command(
     the model in ONNX Runtime. cerebras: weights with zeros, masks as checkpoint tensors, and the YAML that uses them.
     """
     kind = _kind(to, cerebras)
-    _check_options(kind, {"--group-size": group_size, "--ignore": ignore, "--tolerance": tolerance, "--masks": masks})
+    options = {"--group-size": group_size, "--ignore": ignore, "--tolerance": tolerance, "--masks": masks}
+    _check_options(kind, {**options, "--masks-as": masks_as})
     try:
         with shown_progress("exporting") as tick:
-            report = _export(kind, source, out, masks, group_size, ignore, tolerance, force, tick)
+            always: dict[str, Any] = {"overwrite": force, "progress": tick}
+            if kind == "onnx":
+                from resu.integrations.hf_onnx import write_onnx
+
+                limit = 1e-4 if tolerance is None else tolerance
+                report = write_onnx(source, out, tolerance=limit, **always)
+            elif kind == "pack-quantized":
+                from resu.integrations.quantize import write_pack_quantized
+
+                report = write_pack_quantized(
+                    source, out, group_size=group_size, ignore=ignore or None, masks=masks, **always
+                )
+            elif kind == "cerebras":
+                from resu.integrations.cerebras.export import write_cerebras
+
+                report = write_cerebras(source, out, masks=masks, kind=masks_as or "zeros", **always)
+            else:
+                from resu.integrations.convert import convert
+
+                report = convert(source, out, kind, masks=masks, **always)
     except FileExistsError as error:
         raise CliError(str(error).replace("overwrite=True", "--force")) from None
     if as_json:
@@ -63,6 +86,7 @@ _OPTIONS = {
     "--group-size": ("pack-quantized",),
     "--ignore": ("pack-quantized",),
     "--tolerance": ("onnx",),
+    "--masks-as": ("cerebras",),
     "--masks": tuple(kind for kind in TARGETS if kind != "onnx"),
 }
 
@@ -82,37 +106,6 @@ def _check_options(kind: str, given: dict[str, Any]) -> None:
     for option, value in given.items():
         if value not in (None, []) and kind not in _OPTIONS[option]:
             raise CliError(f"{option} is for {', '.join(_OPTIONS[option])}, not for {kind}")
-
-
-def _export(
-    kind: str,
-    source: Path,
-    out: Path,
-    masks: Path | None,
-    group_size: int | None,
-    ignore: list[str] | None,
-    tolerance: float | None,
-    force: bool,
-    tick: Any,
-) -> dict[str, Any]:
-    if kind == "pack-quantized":
-        from resu.integrations.quantize import write_pack_quantized
-
-        return write_pack_quantized(
-            source, out, group_size=group_size, ignore=ignore or None, masks=masks, overwrite=force, progress=tick
-        )
-    if kind == "onnx":
-        from resu.integrations.hf_onnx import write_onnx
-
-        limit = 1e-4 if tolerance is None else tolerance
-        return write_onnx(source, out, tolerance=limit, overwrite=force, progress=tick)
-    if kind == "cerebras":
-        from resu.integrations.cerebras.export import write_cerebras
-
-        return write_cerebras(source, out, masks=masks, overwrite=force, progress=tick)
-    from resu.integrations.convert import convert
-
-    return convert(source, out, kind, masks=masks, overwrite=force, progress=tick)
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
