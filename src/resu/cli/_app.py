@@ -13,16 +13,8 @@ __all__ = ["COMMANDS", "build_app"]
 
 # One module of resu.cli each; it defines `command` and EXAMPLE.
 COMMANDS = (
-    "quickstart",
-    "train",
-    "finetune",
-    "leaderboard",
-    "prune",
-    "inspect",
-    "validate",
-    "convert",
-    "export",
-    "plan",
+    *("quickstart", "train", "finetune", "leaderboard", "prune", "reconstruct", "inspect"),
+    *("validate", "convert", "export", "plan"),
 )
 
 

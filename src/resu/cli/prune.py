@@ -108,7 +108,7 @@ def command(
         require("transformers", "hf")
     from resu.integrations.hf_prune import prune_directory
 
-    with progress() as bar, _as_options():
+    with progress() as bar, as_options():
         report = prune_directory(
             model,
             out,
@@ -140,7 +140,7 @@ def command(
 
 
 @contextmanager
-def _as_options() -> Iterator[None]:
+def as_options() -> Iterator[None]:
     """Advice in errors with the names of options in place of those of arguments."""
     try:
         yield

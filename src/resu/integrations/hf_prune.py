@@ -25,7 +25,7 @@ from resu.pruning.decisions import Recipe
 from resu.pruning.importance import importances
 from resu.pruning.one_shot import prune_model
 
-__all__ = ["causal_loss", "prune_directory", "settle_sparsity"]
+__all__ = ["causal_loss", "model_batches", "prune_directory", "settle_sparsity"]
 
 Progress = Callable[[int, int, str], None]
 _TOKENS_PER_BATCH = 4096
@@ -172,7 +172,8 @@ def prune_directory(
         read_texts(calibration)  # that it can be read is better known before a large model is
         model, tokenizer = load_model(source, dtype)
         grads = "grads" in recipe.needs
-        batches = _batches(model, tokenizer, calibration, samples, length, seed, singly=grads)
+        most = 1 if grads else 32  # singly: the mean of squares is meant over samples, not over means of samples
+        batches = model_batches(model, tokenizer, calibration, samples, length, seed, most=most)
         notes = Path(os.path.realpath(out))
         notes = notes.with_name(f".{notes.name}.calibrating")
         before = quality and quality.of_model(model, tokenizer)
@@ -213,7 +214,7 @@ def _refuse_pairs(model: Any) -> None:
         )
 
 
-def _batches(
+def model_batches(
     model: Any,
     tokenizer: Any,
     file: str | os.PathLike[str],
@@ -221,8 +222,22 @@ def _batches(
     length: int | None,
     seed: int,
     *,
-    singly: bool,
+    most: int,
 ) -> list[dict[str, Tensor]]:
+    """Calibration batches as a model of Hugging Face takes them: pieces of text for a decoder, lines for an encoder.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, or None where it has none.
+        file: A text (:func:`resu.integrations.hf_text.read_texts`).
+        samples: How many.
+        length: Tokens per sample; None: what the model was made for, at most 2048.
+        seed: Of the draw.
+        most: Samples per batch, fewer where they are long.
+
+    Raises:
+        ValueError: Without a tokenizer, for an encoder-decoder, on a length that is too large or a text too short.
+    """
     if tokenizer is None:
         raise ValueError("the directory has no tokenizer, so no calibration text can be read; copy its files there")
     _refuse_pairs(model)
@@ -233,8 +248,7 @@ def _batches(
             f"a length of {length} tokens is more than the {limit} that {type(model).__name__} was made for"
         )
     length = most if length is None else length
-    # One by one for gradients: the mean of their squares is meant over samples, not over means of samples.
-    size = 1 if singly else max(1, min(32, _TOKENS_PER_BATCH // length))
+    size = max(1, min(most, _TOKENS_PER_BATCH // length))
     return calibration_batches(tokenizer, file, samples, length, seed, lines=not model.can_generate(), batch_size=size)
 
 

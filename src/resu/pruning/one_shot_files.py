@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -190,6 +190,21 @@ class OneShotFolder:
                 masks[name] = mask.mask.to(layer.weight.device)
         return masks
 
+    def weight(self, name: str) -> Tensor | None:
+        """The weight of one layer as a unit that is done left it, or None; not loaded into the model.
+
+        Raises:
+            FileFormatError: If a file is damaged; it is named.
+        """
+        entry = self.body["layers"].get(name) if self.body else None
+        if entry is None:
+            return None
+        path = self._unit(entry["unit"])
+        weight = self._load(path, [f"weight.{name}"])[f"weight.{name}"]
+        if tensor_checksum(weight) != entry["weight"]:
+            raise FileFormatError(f"{path} is damaged: {name!r} does not match its checksum")
+        return weight
+
     def activations(self) -> Activations | None:
         """What :meth:`add` was given last."""
         entry = self.body["activations"]
@@ -225,9 +240,12 @@ class OneShotFolder:
         with replacing(path, overwrite=True) as temporary:
             write_safetensors(tensors, temporary, {})
 
-    def _load(self, path: Path) -> dict[str, Tensor]:
+    def _load(self, path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         try:
-            return load_file(path)
+            if names is None:
+                return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise FileFormatError(f"cannot read {path}: {error}; delete the folder to start over") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from resu.pruning.placement import outer_items
 from resu.pruning.reconstruction_run import Plan, Run, check_pruned
 from resu.pruning.spill import Spill
 
-__all__ = ["ReconstructResult", "masked_layers", "reader", "reconstruct", "run_reconstruction"]
+__all__ = ["ReconstructResult", "masked_layers", "reader", "reconstruct", "run_reconstruction", "stored_names"]
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,6 @@ def reconstruct(
     plan = Plan(train, targets, epochs, lr, rank, alpha, held_out, seed)
     batches = calibration_list(calibration) or []
     layers, held = masked_layers(model, masks)
-    for name, layer in layers.items():
-        check_pruned(name, layer.weight, held[name])
     teacher = Lending(model, outer_items(model), reader(model, dense, layers))
     run = Run(layers, held, plan, teacher, Lending(model, (), lambda name: None), progress)
     names = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
@@ -167,7 +165,6 @@ def run_reconstruction(
     with run.own.lent():
         walk.__enter__()
     try:
-        folder = None
         if checkpoint is not None:
             known = {n: m.checksum() for n, m in masks.items()}
             calibration = batches_checksum(walk.batches)
@@ -180,7 +177,13 @@ def run_reconstruction(
                     folder.restore(run.layers)
             else:
                 folder.begin(sums, {}, None)
-        run.walk(walk, folder)
+            run.folder = folder
+        if not streamed:
+            done = {} if run.folder is None else run.folder.body["layers"]
+            for name, layer in run.layers.items():
+                if name not in done:
+                    check_pruned(name, layer.weight, run.masks[name])
+        run.walk(walk)
     finally:
         walk.__exit__()
     numel = sum(mask.numel for mask in masks.values())
@@ -249,20 +252,30 @@ def reader(
     else:
         shards = Shards.open(source)
         held, read = set(shards.names), shards.read
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-
-    def stored(name: str) -> str | None:
-        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-        return next((one for one in (name, other) if one in held), None)
+    stored = stored_names(model, held)
 
     def find(name: str) -> Tensor | None:
-        found = stored(name)
+        found = stored.get(name)
         return None if found is None else read(found)
 
     for name in needed:
-        if stored(name) is None:
+        if name not in stored:
             raise ValueError(f"the dense model has no {name!r}; it must be of the same architecture as the pruned one")
     return find
+
+
+def stored_names(model: nn.Module, held: Collection[str]) -> dict[str, str]:
+    """``{name in the model: name among those that are held}`` of parameters and buffers.
+
+    Where a model has a ``base_model_prefix`` (Hugging Face), held names may lack it, or have it beside the model's.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, str] = {}
+    for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        if name in held or other in held:
+            found[name] = name if name in held else other
+    return found
 
 
 def _checksum(read: Read, model: nn.Module) -> str:

@@ -85,6 +85,7 @@ class Run:
         progress: Told ``(epochs done, of, what)``.
         blocks: What is said of each block that was repaired.
         skipped: ``{parameter: reason}``.
+        folder: Where what is done is kept, or None.
     """
 
     layers: dict[str, Layer]
@@ -95,20 +96,21 @@ class Run:
     progress: Callable[[int, int, str], None] | None = None
     blocks: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    folder: OneShotFolder | None = None
     _told: int = 0
     _total: int = 0
     _started: float = field(default_factory=time.monotonic)
 
-    def walk(self, walk: Walk, folder: OneShotFolder | None) -> None:
+    def walk(self, walk: Walk) -> None:
         """Block after block; goes on where the folder's run was interrupted, if there is one."""
-        count, plan = len(walk.batches), self.plan
+        count, plan, folder = len(walk.batches), self.plan, self.folder
         split = split_batches(count, plan.held_out, plan.seed)
         own: dict[str, tuple[str, ...]] = {unit.name: self._repaired(unit) for unit in walk.units}
         self._total = plan.epochs * sum(1 for names in own.values() if names)
         held: Activations = [{} for _ in walk.batches]
         dense: Activations = [{} for _ in walk.batches]
         done = 0
-        if folder is not None and folder.body:
+        if folder is not None:
             done = folder.done
             rows = {one["entry"]["name"]: one["entry"] for one in folder.body["layers"].values()}
             self.blocks = [rows[name] for name in folder.body["units"] if name in rows]
