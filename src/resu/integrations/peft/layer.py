@@ -147,7 +147,7 @@ class RESULayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             self._write(self.resu_before[adapter], self.mask_of(adapter))
-            del self.resu_before[adapter]
+            del self.resu_before[adapter]  # type: ignore[no-untyped-call]
 
     def _write(self, values: Tensor, mask: SparseMask) -> None:
         rows, weight = self._rows(), self._base.weight.detach()

@@ -50,6 +50,8 @@ class QRESULayer(nn.Module, BaseTunerLayer):
         self.qresu_theta = nn.ParameterDict()
         for part in _PARTS:
             setattr(self, part, Exact())
+        self._offsets: Tensor | None = None  # kept values before each row, on the CPU
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
 
@@ -70,6 +72,7 @@ class QRESULayer(nn.Module, BaseTunerLayer):
         self.qresu_theta[adapter] = nn.Parameter(theta)
         for part, tensor in zip(_PARTS, (bits, codes, scale, zero), strict=True):
             getattr(self, part)[adapter] = tensor
+        self._derive()
         self._free()
 
     def parts(self) -> tuple[str, ...]:
@@ -98,17 +101,19 @@ class QRESULayer(nn.Module, BaseTunerLayer):
     def _adapter(self) -> str:
         return next(iter(self.qresu_theta))
 
-    def _packed(self) -> tuple[PackedRows, SparseMask]:
+    def _mask(self) -> SparseMask:
+        entries: Any = self.qresu_bitmask
+        return SparseMask.from_packed(entries[self._adapter], (self.rows, self.columns))
+
+    def _derive(self) -> None:
+        entries: Any = self.qresu_bitmask
+        self._offsets = row_offsets(self._mask()) if entries[self._adapter].numel() else None
+
+    def _packed(self) -> PackedRows:
         bits, codes, scale, zero = (getattr(self, part)[self._adapter] for part in _PARTS)
         check_filled(bits, self._adapter)
-
-        def derive() -> tuple[SparseMask, Tensor]:
-            mask = SparseMask.from_packed(bits, (self.rows, self.columns))
-            return mask, row_offsets(mask)
-
-        entries: Any = self.qresu_bitmask
-        mask, offsets = entries.derived("offsets", derive)
-        return PackedRows(codes, bits, scale, zero, offsets, self.columns, self.bits), mask
+        assert self._offsets is not None
+        return PackedRows(codes, bits, scale, zero, self._offsets, self.columns, self.bits)
 
     def _free(self) -> None:
         weight = self._base.weight
@@ -141,7 +146,7 @@ class QRESULayer(nn.Module, BaseTunerLayer):
                 f"adapter {self._adapter!r} is not active, and its layer has no other weight: QRESU freed it. Call "
                 f"set_adapter({self._adapter!r})"
             )
-        rows, _ = self._packed()
+        rows = self._packed()
         theta, dtype = self.qresu_theta[self._adapter], base.weight.dtype
         if not isinstance(base, nn.Conv2d):
             return assembled_linear(x, theta, base.bias, rows, dtype)
@@ -153,8 +158,8 @@ class QRESULayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
         """``W_eff`` as a dense tensor of the base weight's shape and dtype."""
-        rows, mask = self._packed()
-        weight = assembled_weight(self.qresu_theta[self._adapter], rows, mask, self._base.weight.dtype)
+        rows, theta = self._packed(), self.qresu_theta[self._adapter]
+        weight = assembled_weight(theta, rows, self._mask(), self._base.weight.dtype)
         return as_weight(self._base, weight, self.shape)
 
     # -- merging --------------------------------------------------------------------------------------
@@ -182,3 +187,8 @@ class QRESULayer(nn.Module, BaseTunerLayer):
         if self.merged:
             self.merged_adapters.clear()
             self._free()
+
+
+def _loaded(layer: QRESULayer, incompatible: object) -> None:
+    """Mask bits have come from a state."""
+    layer._derive()

@@ -203,7 +203,7 @@ class SparseLoRALayer(nn.Module, BaseTunerLayer):
         """Put the base weight back, bit for bit."""
         if self.merged:
             self._write(self.sparse_lora_before["base"])
-            del self.sparse_lora_before["base"]
+            del self.sparse_lora_before["base"]  # type: ignore[no-untyped-call]
             self.merged_adapters = []
 
     def _write(self, rows: Tensor) -> None:
