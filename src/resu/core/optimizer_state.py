@@ -62,6 +62,8 @@ def _editable(optimizer: Optimizer, parameter: Tensor, name: str, value: Tensor)
     if value.is_floating_point() or value.is_complex():
         if codes is None:
             return value, 0.0
+    elif f"{name}_scale" in optimizer.state[parameter]:  # AdamW8bit of this library: 0 stands for 0
+        return value, 0
     else:
         book = optimizer.state[parameter].get(f"qmap{name.removeprefix('state')}")  # bitsandbytes: state1 and qmap1
         if isinstance(book, Tensor):

@@ -20,6 +20,8 @@ _NAMES = {
     "STE": "resu.training.algorithms",
     "SRigL": "resu.training.algorithms",
     "SNFS": "resu.training.algorithms",
+    "AdamW8bit": "resu.training.adamw8bit",
+    "optimizer_in_backward": "resu.training.update_in_backward",
     "RESUConfig": "resu.training.config",
     "SparsitySchedule": "resu.training.config",
     "default_config": "resu.training.config",
