@@ -155,3 +155,15 @@ def test_checksum_sees_any_changed_or_exchanged_active_bit(dtype):
     minus = zero.clone()
     minus.view(-1)[i] = -0.0
     assert active_checksum(zero, mask) != active_checksum(minus, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_theta_are_zero_where_pruned(dtype):
+    weight = torch.randn(6, 11)
+    mask = SparseMask(torch.rand(6, 11) > 0.4)
+    q = quantize(weight, 4, "per_channel", mask.mask)
+    rows = PackedRows(pack_codes(q.codes[mask.mask], 4), mask.packed, q.scale, q.zero, row_offsets(mask), 11, 4)
+    zeros = torch.zeros(mask.n_pruned)
+    out = torch.full((4, 11), torch.nan, dtype=dtype)
+    assert torch.equal(rows.assemble(None, 1, 5, out), rows.assemble(zeros, 1, 5, torch.empty(4, 11, dtype=dtype)))
+    assert not torch.signbit(out[~mask.mask[1:5]]).any()

@@ -195,7 +195,7 @@ class PackedRows:
                 yield r0, min(r0 + step, high)
 
     def assemble(
-        self, theta: Tensor, r0: int, r1: int, out: Tensor, holes: list[tuple[int, int, Tensor]] | None = None
+        self, theta: Tensor | None, r0: int, r1: int, out: Tensor, holes: list[tuple[int, int, Tensor]] | None = None
     ) -> Tensor:
         """Write rows ``r0:r1`` of ``W_eff`` into ``out`` (``[r1 - r0, columns]``, contiguous); returns
         ``out``.
@@ -203,7 +203,7 @@ class PackedRows:
         Values are restored in the dtype of ``scale`` and cast to that of ``out``.
 
         Args:
-            theta: ``[p]``, any floating dtype.
+            theta: ``[p]``, any floating dtype; None: +0.0 at pruned positions.
             r0: First row.
             r1: One past the last row.
             out: Where to.
@@ -224,14 +224,17 @@ class PackedRows:
                 chunk = torch.empty(b - a, self.columns, dtype=self.scale.dtype, device=out.device)
             flat = chunk.view(-1)
             flat.scatter_(0, positions(bits), unpack_codes(self.codes, first, last, self.bits, chunk.dtype))
-            # Holes hold whatever was there; they are overwritten by theta below.
+            # Holes hold whatever was there; they are overwritten below.
             one = self.scale.numel() == 1
             chunk.mul_((self.scale if one else self.scale[a:b]).view(-1, 1))
             chunk.add_((shift if one else shift[a:b]).view(-1, 1))
-            index = positions(bits.logical_not_())
-            if holes is not None:
-                holes.append(((a - r0) * self.columns, t0, index))
-            flat.scatter_(0, index, theta[t0:t1].to(chunk.dtype))
+            if theta is None:
+                SparseMask.from_packed(self.bitmask[a:b], chunk.shape).apply_(chunk)
+            else:
+                index = positions(bits.logical_not_())
+                if holes is not None:
+                    holes.append(((a - r0) * self.columns, t0, index))
+                flat.scatter_(0, index, theta[t0:t1].to(chunk.dtype))
             if not direct:
                 out[a - r0 : b - r0].copy_(chunk)
         return out

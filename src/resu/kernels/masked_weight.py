@@ -100,8 +100,7 @@ class MaskedWeight:
         packed = PackedRows(
             self.codes, self.bitmask, self.scale, self.zero, self.offsets, self.columns, self.bits
         )  # fmt: skip
-        holes = self.scale.new_zeros(1).expand(self.rows * self.columns - int(self.offsets[-1]))
-        return packed.assemble(holes, r0, r1, self.scale.new_empty(r1 - r0, self.columns))
+        return packed.assemble(None, r0, r1, self.scale.new_empty(r1 - r0, self.columns))
 
     def mask_(self, tile: Tensor, r0: int, r1: int) -> Tensor:
         """Set ``tile`` (rows ``r0:r1``) to +0.0 at pruned positions, in place."""

@@ -70,9 +70,10 @@ class HeldBase(nn.Module):
         if self.transposed:
             weight, keep = weight.t(), keep.t()
         quantized = quantize(weight, self.bits, "per_channel", keep)
-        self.codes = pack_codes(quantized.codes.reshape(-1)[keep.reshape(-1)], self.bits)
+        own = SparseMask(keep) if self.transposed else mask
+        self.codes = pack_codes(gather_active(quantized.codes, own), self.bits)
         self.scale, self.zero = quantized.scale, quantized.zero
-        self.register_buffer("bitmask", SparseMask(keep).packed)
+        self.register_buffer("bitmask", own.packed)
         self._parameters["weight"] = None
 
     # -- what is there --------------------------------------------------------------------------------
