@@ -3,7 +3,7 @@
     python benchmarks/bench_sparse_lora.py --width 2048 --layers 4 --batch 128
 
 The same pruned network (`layers` square linear layers with ReLU) is trained by each method in one process, one step
-after the other in turn; the ratio is to PEFT's LoRA of the same round (to the first method where PEFT is not installed).
+after the other in turn; the ratio is to PEFT's LoRA of the same round (to the first method without PEFT).
 `dense_weff` makes the masked weight `M ⊙ (W + s·BA)` as a dense tensor and lets autograd do the rest, as the code of
 MaskLoRA's paper does. Peak is what tensors of one step hold at once beyond what is held between steps.
 """

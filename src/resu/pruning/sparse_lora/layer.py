@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resu.core.mask import SparseMask
+from resu.core.sharding import is_sharded
 from resu.kernels.masked_weight import LOW
 from resu.pruning.sparse_lora.config import MODES, SparseLoRAConfig
 from resu.pruning.sparse_lora.held import HeldBase
@@ -137,14 +138,23 @@ class SparseLoRALayer(HeldBase):
 
         Raises:
             ValueError: If there is no such adapter.
+            RuntimeError: If parameters are sharded over ranks.
         """
         wanted = tuple(dict.fromkeys(self._acting() if names is None else names))
         self._check(wanted)
         self.unmerge()
         if wanted:
+            self._require_whole(wanted)
             rule = "mask" if preserve_sparsity and self.mode == "sparse_to_dense" else MODES[self.mode]
             with torch.no_grad():
                 self._merge_in(wanted, *self._factors(wanted), rule)
+
+    def _require_whole(self, names: tuple[str, ...]) -> None:
+        if any(is_sharded(self.lora_A[name]) for name in names):
+            raise RuntimeError(
+                "adapters are sharded over ranks, and are merged whole: gather the state (full_tensor, or "
+                "get_model_state_dict with full_state_dict=True), load it into an unsharded model, and merge there"
+            )
 
     @torch.no_grad()
     def dropped(self, names: Iterable[str] | None = None) -> tuple[float, float]:
@@ -156,6 +166,7 @@ class SparseLoRALayer(HeldBase):
         if MODES[self.mode] != "dense" or not wanted:
             return 0.0, 1.0
         self.unmerge()
+        self._require_whole(wanted)
         base = self._base()
         left, right = (factor.to(base.wide) for factor in self._factors(wanted))
         lost = total = 0.0
