@@ -12,8 +12,11 @@ from resu.core.counting import keep_count
 from resu.core.mask import SparseMask
 from resu.modules.base import RESUModule
 from resu.modules.settings import RESUMode, Settings
+from resu.pruning.sparse_lora.config import SparseLoRAConfig
+from resu.pruning.sparse_lora.kinds import to_sparse_lora
+from resu.pruning.sparse_lora.layer import SparseLoRALayer
 
-__all__ = ["DryMask", "enter_dry"]
+__all__ = ["DryMask", "dry_lora", "enter_dry"]
 
 
 class DryMask(SparseMask):
@@ -37,6 +40,10 @@ class DryMask(SparseMask):
     def mask(self) -> Tensor:
         """Nothing: NumPy makes the bits, and its memory is not counted."""
         return torch.empty(0, dtype=torch.bool)
+
+    def to(self, device: torch.device | str) -> SparseMask:
+        """Itself: all that is dry lies in one place."""
+        return self
 
     def apply_(self, x: Tensor) -> Tensor:
         """As it is."""
@@ -100,6 +107,31 @@ def enter_dry(
     if mode is RESUMode.QRESU_SELECTIVE:
         layer._make_averages(theta)
         layer._theta_parameter().register_post_accumulate_grad_hook(_selective_update)
+
+
+def dry_lora(module: nn.Module, config: SparseLoRAConfig, adapter: str = "default") -> SparseLoRALayer:
+    """A layer with a sparse LoRA adapter within a dry run, in place of what ``apply_sparse_lora`` makes.
+
+    Args:
+        module: ``nn.Linear``, ``nn.Conv2d`` or Hugging Face ``Conv1D``.
+        config: Its rank, mode, sparsity and bits are looked at.
+        adapter: Its name.
+    """
+    weight = module._parameters["weight"]
+    assert weight is not None
+    mask = DryMask(weight.shape, config.initial_sparsity)
+    layer = to_sparse_lora(module, mask, hold=False)
+    if config.base_bits:
+        rows = layer.matrix_shape[0]
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        layer.bits = config.base_bits
+        layer.codes = torch.empty(-(-mask.n_active * layer.bits // 8), dtype=torch.uint8)
+        layer.scale, layer.zero = torch.empty(rows, dtype=exact), torch.empty(rows, dtype=exact)
+        layer.bitmask = DryMask(layer.matrix_shape, config.initial_sparsity).packed
+        layer._offsets = torch.empty(rows + 1, dtype=torch.int32 if mask.n_active < 2**31 else torch.int64)
+        layer._parameters["weight"] = None
+    layer.add_adapter(adapter, config)
+    return layer
 
 
 def _selective_update(theta: Tensor) -> None:

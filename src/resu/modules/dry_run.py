@@ -93,5 +93,15 @@ def dry_run() -> Iterator[DryRun]:
     # Imported late: it brings a good part of the compiler with it.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), DryRun() as run:
-        yield run
+    # ``Module.to()`` exchanges fake parameters by this, which refuses those that anything has a weak reference to.
+    exchange = torch.utils.swap_tensors
+    torch.utils.swap_tensors = _take_data
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), DryRun() as run:
+            yield run
+    finally:
+        torch.utils.swap_tensors = exchange
+
+
+def _take_data(tensor: Tensor, other: Tensor) -> None:
+    tensor.data = other.detach()
