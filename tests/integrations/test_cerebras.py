@@ -261,6 +261,26 @@ def test_blocks_of_native_sparsity():
         sparsity_block(0.5, init_method="zeros")
 
 
+def test_the_pages_yaml_validates(cstorch, tmp_path):
+    """Each YAML block of docs/cerebras.md makes callbacks and algorithms, as the trainer would."""
+    yaml = pytest.importorskip("yaml")
+    page = (Path(__file__).resolve().parents[2] / "docs/cerebras.md").read_text()
+    blocks = [yaml.safe_load(text.partition("```")[0]) for text in page.split("```yaml\n")[1:]]
+    assert len(blocks) == 3
+    write_masks({"0.weight": SparseMask(torch.ones(16, 8, dtype=torch.bool))}, tmp_path / "masks.safetensors")
+    found = []
+    for block in blocks:
+        init = block["trainer"]["init"]
+        for entry in init.get("callbacks", []):
+            for arguments in entry.values():
+                if "mask_path" in arguments:
+                    arguments["mask_path"] = str(tmp_path / arguments["mask_path"])
+        found += [type(made).__name__ for made in stand_in.make_callbacks(init.get("callbacks", []))]
+        if "sparsity" in init:
+            found.append(type(cstorch.sparse.configure(init["sparsity"]).algorithm).__name__)
+    assert found == ["Static", "RESU", "SparseMaskCallback", "Lora"]
+
+
 # -- exports ---------------------------------------------------------------------------------------------
 
 
