@@ -241,13 +241,13 @@ def model_batches(
     if tokenizer is None:
         raise ValueError("the directory has no tokenizer, so no calibration text can be read; copy its files there")
     _refuse_pairs(model)
-    most = default_length(tokenizer, model)
+    longest = default_length(tokenizer, model)
     limit = getattr(model.config, "max_position_embeddings", None)
     if length is not None and isinstance(limit, int) and length > limit:
         raise ValueError(
             f"a length of {length} tokens is more than the {limit} that {type(model).__name__} was made for"
         )
-    length = most if length is None else length
+    length = longest if length is None else length
     size = max(1, min(most, _TOKENS_PER_BATCH // length))
     return calibration_batches(tokenizer, file, samples, length, seed, lines=not model.can_generate(), batch_size=size)
 
