@@ -18,29 +18,36 @@ def half(stories, tmp_path_factory):
     return folder
 
 
-def options(stories, texts, out):
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("Once upon a time there was a little girl named Lily. She liked to play with her cat. " * 8)
+    return file
+
+
+def options(stories, text, out):
     return (
-        *("--dense", stories, "--calibration", texts[0], "--samples", 4, "--length", 16, "--batch-size", 2),
+        *("--dense", stories, "--calibration", text, "--samples", 4, "--length", 16, "--batch-size", 2),
         *("--epochs", 1, "--out", out),
     )
 
 
-def test_a_table_then_json(resu, refused, half, stories, texts, tmp_path):
-    shown = resu("reconstruct", half, *options(stories, texts, tmp_path / "out"))
+def test_a_table_then_json(resu, refused, half, stories, text, tmp_path):
+    shown = resu("reconstruct", half, *options(stories, text, tmp_path / "out"))
     assert shown.exit_code == 0, shown.output
     assert shown.stderr == ""
     assert "model.layers.4" in shown.stdout
     assert "sparsity 50.00 %" in shown.stdout
     assert validate(tmp_path / "out").ok
-    again = ("reconstruct", half, *options(stories, texts, tmp_path / "out"))
+    again = ("reconstruct", half, *options(stories, text, tmp_path / "out"))
     assert "--force" in refused(*again)
     report = json.loads(resu(*again, "--force", "--json").stdout)
     assert len(report["reconstruction"]["blocks"]) == 5
     assert report["out"] == str(tmp_path / "out")
 
 
-def test_what_is_refused_in_one_line(refused, half, stories, texts, tmp_path):
-    rest = options(stories, texts, tmp_path / "out")
+def test_what_is_refused_in_one_line(refused, half, stories, text, tmp_path):
+    rest = options(stories, text, tmp_path / "out")
     assert "no directory" in refused("reconstruct", tmp_path / "absent", *rest)
     assert "no mask file" in refused("reconstruct", stories, *rest)
     assert "'kept', 'theta', 'lora'" in refused("reconstruct", half, *rest, "--train", "all")

@@ -24,6 +24,16 @@ PLAN = {"epochs": 1}
 
 
 @pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text of the kind the model is for."""
+    animals, deeds = ("dog", "cat", "bird", "bear", "frog"), ("play", "run", "sing", "eat a cake", "go to the park")
+    lines = [f"Once there was a little {a} named Lily. She liked to {d} with her mom." for a in animals for d in deeds]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture(scope="module")
 def half(stories, tmp_path_factory):
     """stories260K with half of its weights."""
     folder = tmp_path_factory.mktemp("half") / "pruned"
@@ -38,18 +48,18 @@ def in_memory(pruned, dense, text, plan):
     return model, reconstruct(model, masks, dense=load_model(dense)[0], calibration=batches, **plan)
 
 
-def test_repaired_from_disk_is_repaired_in_memory_bit_for_bit(stories, half, texts, tmp_path):
+def test_repaired_from_disk_is_repaired_in_memory_bit_for_bit(stories, half, text, tmp_path):
     told = []
     report = reconstruct_directory(
         half,
         tmp_path / "out",
         dense=stories,
-        calibration=texts[0],
+        calibration=text,
         progress=lambda *a: told.append(a),
         **TEXT,
         **PLAN,
     )
-    model, expected = in_memory(half, stories, texts[0], PLAN)
+    model, expected = in_memory(half, stories, text, PLAN)
     repaired, _ = load_model(tmp_path / "out")
     for (name, a), b in zip(model.named_parameters(), repaired.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -67,9 +77,9 @@ def test_repaired_from_disk_is_repaired_in_memory_bit_for_bit(stories, half, tex
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing is left beside it
 
 
-def test_theta_leaves_a_dense_model_and_active_weights_as_they_were(stories, half, texts, tmp_path):
+def test_theta_leaves_a_dense_model_and_active_weights_as_they_were(stories, half, text, tmp_path):
     report = reconstruct_directory(
-        half, tmp_path / "out", dense=stories, calibration=texts[0], train="theta", **TEXT, **PLAN
+        half, tmp_path / "out", dense=stories, calibration=text, train="theta", **TEXT, **PLAN
     )
     assert report["actual"] == 0
     assert not (tmp_path / "out" / "masks.safetensors").exists()
@@ -79,7 +89,7 @@ def test_theta_leaves_a_dense_model_and_active_weights_as_they_were(stories, hal
         assert after.read(name)[~mask].count_nonzero() > 0
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(stories, half, texts, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_bytes(stories, half, text, tmp_path):
     class Interrupted(Exception):
         pass
 
@@ -87,7 +97,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(stories, half, texts, tmp_
         if done == 3:
             raise Interrupted
 
-    options = {"dense": stories, "calibration": texts[0], **TEXT, **PLAN}
+    options = {"dense": stories, "calibration": text, **TEXT, **PLAN}
     reconstruct_directory(half, tmp_path / "whole", **options)
     with pytest.raises(Interrupted):
         reconstruct_directory(half, tmp_path / "out", progress=stop, **options)
@@ -105,7 +115,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(stories, half, texts, tmp_
 
 
 @pytest.mark.parametrize("kind", ["gpt2 in shards", "bert"])
-def test_other_architectures(kind, texts, tmp_path, stories):
+def test_other_architectures(kind, text, tmp_path, stories):
     if kind == "bert":
         dense = tmp_path / "dense"
         bert(dense)
@@ -114,7 +124,7 @@ def test_other_architectures(kind, texts, tmp_path, stories):
     else:
         model = hf_models.gpt2()
         model.resize_token_embeddings(512, mean_resizing=False)
-        dense, text = tmp_path / "dense", texts[0]
+        dense = tmp_path / "dense"
         model.save_pretrained(dense, max_shard_size="20KB")
         for file in stories.glob("tokenizer*"):
             shutil.copy(file, dense)
@@ -154,9 +164,9 @@ def test_weights_that_cannot_be_read_one_by_one(tmp_path):
         empty_model(tmp_path / "mixtral")
 
 
-def test_what_is_refused(stories, half, texts, tmp_path):
+def test_what_is_refused(stories, half, text, tmp_path):
     def refused(kind, match, pruned=half, out=tmp_path / "out", **change):
-        options = {"dense": stories, "calibration": texts[0], **TEXT, **PLAN} | change
+        options = {"dense": stories, "calibration": text, **TEXT, **PLAN} | change
         with pytest.raises(kind, match=match):
             reconstruct_directory(pruned, out, **options)
         assert not (tmp_path / "out").exists()
