@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from resu.experiments.finetuning.front import TITLES, draw_front, points, rate, table
 from resu.experiments.finetuning.run import Row, run
 from resu.experiments.finetuning.tasks import TASKS, Task, load_task
@@ -39,7 +37,6 @@ def _one(shared: tuple[Path, Path, Path], *job: object) -> None:
     name, way, seed, steps, lr, part, measured = job
     assert isinstance(name, str)
     assert isinstance(way, Way)
-    torch.compiler.set_stance("force_eager")  # torchao compiles its optimizer, for minutes in every process
     task = _task(name, data, folder)
     row = run(task, way, int(str(seed)), int(str(steps)), float(str(lr)), str(part), measured=bool(measured))
     append(csv, row)

@@ -18,6 +18,7 @@ from resu.experiments.finetuning.tasks import Batch, Task
 from resu.experiments.finetuning.ways import KINDS, Prepared, Way, prepare
 from resu.modules.convert import get_resu_modules
 from resu.modules.settings import RESUMode
+from resu.training.adamw8bit import AdamW8bit
 from resu.training.update_in_backward import optimizer_in_backward
 
 __all__ = ["HEAD_LR", "Row", "held_bytes", "measure", "run"]
@@ -84,11 +85,8 @@ def _optimizers(prepared: Prepared, way: Way, lr: float, *, in_backward: bool = 
     """One for what the way trains, one for the head, neither with weight decay."""
 
     def theta(parameters: Any) -> Optimizer:
-        if not KINDS[way.kind].eight_bits:
-            return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-        from torchao.optim import AdamW8bit
-
-        return AdamW8bit(parameters, lr=lr, weight_decay=0.0, bf16_stochastic_round=True)  # type: ignore[no-any-return]
+        make = AdamW8bit if KINDS[way.kind].eight_bits else torch.optim.AdamW
+        return make(parameters, lr=lr, weight_decay=0.0)
 
     def head(parameters: Any) -> Optimizer:
         return torch.optim.AdamW(parameters, lr=HEAD_LR, weight_decay=0.0)
@@ -175,7 +173,7 @@ def run(task: Task, way: Way, seed: int, steps: int, lr: float, part: str, *, me
         _step(prepared.model, batch, optimizers)
     seconds = time.process_time() - begin
     trained = sum(p.numel() for p in (*prepared.adapter, *prepared.head))
-    if way.kind in ("resu", "selective"):  # θ lies inside the weight, or trains itself
+    if way.kind == "selective":  # θ trains itself
         layers = get_resu_modules(prepared.model).values()
         trained = sum(p.numel() for p in prepared.head) + sum(int(one.theta_values().numel()) for one in layers)
     return Row(

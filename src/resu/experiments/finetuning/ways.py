@@ -89,17 +89,15 @@ def _nothing(model: Any, task: Task, size: float, lr: float) -> tuple[Any, list[
 
 
 def _resurrect(
-    model: Any, task: Task, size: float, lr: float, *, bits: int | None = None, selective: bool = False
+    model: Any, task: Task, size: float, lr: float, *, bits: int, selective: bool = False
 ) -> tuple[Any, list[nn.Parameter]]:
-    """θ at the smallest weights, starting as what they are: the network is the pretrained one, but for its codes."""
+    """θ in bfloat16 at the smallest weights, starting as what they are; the others as codes."""
     convert_to_resu(model, include=_names(model, task))
     for layer in get_resu_modules(model).values():
         mask = SparseMask.from_magnitude(layer.weight.detach(), size)
         theta = gather_theta(layer.weight.detach(), mask)
         layer.set_mask(mask)
-        if bits is None:
-            layer.enter_resu_mode(init=theta)
-        elif selective:
+        if selective:
             layer.enter_qresu_selective_mode(bits, lr=lr, init=theta, theta_dtype=torch.bfloat16)
         else:
             layer.enter_qresu_mode(bits, init=theta, theta_dtype=torch.bfloat16)
@@ -135,6 +133,12 @@ def _lora(rank: float) -> Any:
     return LoraConfig(r=int(rank), lora_alpha=2 * int(rank))
 
 
+def _resu(sparsity: float) -> Any:
+    from resu.integrations.peft import RESUAdapterConfig
+
+    return RESUAdapterConfig(sparsity=sparsity)
+
+
 def _shira(rank: float) -> Any:
     from peft import ShiraConfig
 
@@ -159,7 +163,7 @@ KINDS: dict[str, Kind] = {
     "slora-sparse": Kind("sparse LoRA (sparse)", partial(_sparse_lora, mode="sparse_to_sparse"), _LEVELS, _LOW),
     "shira": Kind("SHiRA", partial(_adapt, make=_shira), (8, 32, 96), (3e-4, 1e-3, 3e-3)),
     "super": Kind("Super-Tuning", partial(_adapt, make=_super), (0.01, 0.1, 0.5), (3e-4, 1e-3, 3e-3)),
-    "resu": Kind("RESU", _resurrect, _LEVELS, _THETA),
+    "resu": Kind("RESU", partial(_adapt, make=_resu), _LEVELS, _THETA),
     "qresu8": Kind("QRESU 8 bits", partial(_resurrect, bits=8), _LEVELS, _THETA, True),
     "qresu4": Kind("QRESU 4 bits", partial(_resurrect, bits=4), _LEVELS, _THETA, True),
     "selective": Kind("Selective 4 bits", partial(_resurrect, bits=4, selective=True), _LEVELS, (0.03, 0.1, 0.3)),
