@@ -173,4 +173,9 @@ def test_models_that_take_other_things_are_refused(tmp_path):
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="T5ForConditionalGeneration; exported are models of text"):
         write_onnx(tmp_path / "t5", tmp_path / "onnx")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path / "dense")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "bits", 0.5, layout="bitmask")
+    with pytest.raises(ValueError, match=r"in the layout sparse-bitmask; make it dense first: resu export"):
+        write_onnx(tmp_path / "bits", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

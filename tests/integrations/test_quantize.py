@@ -11,15 +11,17 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("transformers")
 import transformers
 
+from resu import convert_to_resu
 from resu.core.mask_files import read_masks
 from resu.core.shards import Shards
 from resu.formats.compressed import read_compressed
-from resu.formats.pack_quantized import pack_quantized, unpack_quantized
+from resu.formats.pack_quantized import pack_quantized, unpack_int4, unpack_quantized
 from resu.formats.stored import Stored
 from resu.integrations.checkpoint import prune_checkpoint
 from resu.integrations.convert import convert
 from resu.integrations.hf import load_model
 from resu.integrations.quantize import write_pack_quantized
+from resu.modules.convert import get_resu_modules
 
 
 @pytest.fixture
@@ -178,6 +180,30 @@ def test_a_damaged_weight_and_nan_leave_nothing(llama, tmp_path):
         write_pack_quantized(dense, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
     assert not list(tmp_path.glob(".packed*"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("commit", [True, False])
+def test_a_merged_resurrection_run(llama, tmp_path, bits, commit):
+    """QRESU, merged and saved as any model: what is exported is the merged weight, within half a step of it."""
+    model, _ = load_model(llama())
+    convert_to_resu(model, exclude="lm_head")
+    masks = {}
+    for name, layer in get_resu_modules(model).items():
+        layer.prune_by_magnitude(0.5)
+        masks[f"{name}.weight"] = layer.mask
+        layer.enter_qresu_mode(bits=bits)
+        layer.exit_qresu_mode(commit=commit)
+    merged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "merged")
+    write_pack_quantized(tmp_path / "merged", tmp_path / "packed")
+    raw = {name: Shards.open(tmp_path / "packed").read(name) for name in Shards.open(tmp_path / "packed").names}
+    for name, mask in masks.items():
+        weight, step = merged[name].double(), raw[name + "_scale"].double()
+        codes = unpack_int4(raw[name + "_packed"], weight.shape[1]).double()
+        assert ((codes * step - weight).abs() <= step / 2 * (1 + 1e-12)).all()
+        assert (codes[weight == 0] == 0).all()
+        assert commit or (codes[~mask.mask] == 0).all()
 
 
 def test_memory_stays_that_of_a_weight(llama, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resu.formats.relayout import REPORT_FILE
+from resu.formats.stored import Stored
 from resu.integrations.folders import check_apart, copy_companions, new_folder
 from resu.integrations.hf import load_model, quiet
 from resu.integrations.onnx import check_onnx, export_onnx, need_onnx
@@ -53,13 +54,14 @@ def write_onnx(
     Raises:
         FileNotFoundError: If the folder or a file of it is missing.
         FileExistsError: If ``out`` holds something that may not be replaced.
-        ValueError: If the model does not take ``input_ids`` alone (encoder-decoder, images, sound), is quantized,
-            cannot be exported, or outputs differ by more than ``tolerance``.
+        ValueError: If the model does not take ``input_ids`` alone (encoder-decoder, images, sound), is packed or
+            quantized, cannot be exported, or outputs differ by more than ``tolerance``.
         ImportError: If onnx, onnxscript, onnxruntime or transformers is missing.
     """
     source, out = Path(source), Path(out)
     check_apart(out, source)
     need_onnx()
+    _check_dense(source)
     tick = progress or (lambda done, total, name: None)
     with new_folder(out, overwrite=overwrite) as temporary:
         tick(0, 3, "loading")
@@ -94,6 +96,15 @@ def write_onnx(
 
 # The exported batch first; a 1 would be taken for a constant. Then one token, and lengths around powers of two.
 _SIZES = ((2, 9), (1, 1), (3, 33), (5, 16))
+
+
+def _check_dense(source: Path) -> None:
+    stored = Stored.open(source)
+    if packed := {*stored.packed, *stored.quantized}:
+        raise ValueError(
+            f"{source} holds weights in the layout {stored.layout(min(packed))}; make it dense first: resu export "
+            f"{source} --to dense --out DIR"
+        )
 
 
 def _signature(model: Any, source: Path) -> tuple[list[str], list[str]]:
