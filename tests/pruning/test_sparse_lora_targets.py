@@ -63,6 +63,12 @@ def test_masks_of_other_layers_are_laid_on_and_held():
     optimizer.step()
     assert validate_sparsity_preserved(model, masks, 0)[0]
     assert model[6].weight.grad is not None
+    copied = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(copied.parameters(), lr=0.1)
+    copied(batch()).square().sum().backward()
+    optimizer.step()
+    assert validate_sparsity_preserved(copied, masks, 0)[0]
+    assert not torch.equal(copied[6].weight, model[6].weight)
     apply_sparse_lora(model, masks, linear_config(target_modules=["3"]), "second")  # the same masks once more
     unload_sparse_lora(model)
     held = hold_masks(model, masks)  # nothing holds them any more

@@ -64,7 +64,7 @@ def apply_sparse_lora(
     packed = packed_masks(masks) if masks is not None else None
     if packed is not None:
         _check_masks(model, found, packed)
-    targets = _targets(model, config, packed, named_by_masks=packed is not None, again=bool(found))
+    targets = _targets(model, config, packed, again=bool(found))
     chosen: dict[str, SparseMask] = {}
     for name, module in targets.items():
         if isinstance(module, SparseLoRALayer):
@@ -160,7 +160,6 @@ def _targets(
     config: SparseLoRAConfig,
     masks: dict[str, SparseMask] | None,
     *,
-    named_by_masks: bool,
     again: bool,
 ) -> dict[str, nn.Module]:
     """``{name of the weight: layer}`` of what gets the adapter."""
@@ -181,7 +180,7 @@ def _targets(
         else:
             matched = {name for name in layers if _means(entry, name) and (masks is None or name in masks)}
         if not matched:
-            what = "with a mask " if named_by_masks else ""
+            what = "" if masks is None else "with a mask "
             raise ValueError(
                 f"target_modules: {entry!r} matches no layer {what}that takes adapters; there are: "
                 f"{listing([n for n in layers if masks is None or n in masks]) or 'none'}"
