@@ -160,6 +160,8 @@ def test_masks_and_names_of_the_wrong_kind():
     _untouched(lambda m: apply_sparse_lora(m, None, linear_config(), "keys"), ValueError, "none of a method's")
     with pytest.raises(ValueError, match="no layer that takes adapters"):
         apply_sparse_lora(nn.LayerNorm(3), None, linear_config())
+    with pytest.raises(ValueError, match="'weight' is on the meta device"):
+        apply_sparse_lora(nn.Linear(3, 3, device="meta"), None, linear_config())
     broken = nn.Linear(3, 3)
     broken.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):

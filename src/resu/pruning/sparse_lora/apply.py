@@ -65,7 +65,7 @@ def apply_sparse_lora(
     if packed is not None:
         _check_masks(model, found, packed)
     targets = _targets(model, config, packed, again=bool(found))
-    chosen: dict[str, SparseMask] = {}
+    plain: dict[str, nn.Parameter | None] = {}
     for name, module in targets.items():
         if isinstance(module, SparseLoRALayer):
             if adapter in module.configs:
@@ -73,13 +73,13 @@ def apply_sparse_lora(
             if module.configs and module.mode != config.sparsity_mode:
                 raise ValueError(f"{name!r} has adapters in mode {module.mode!r}; another mode cannot be added to them")
         else:
-            weight = module._parameters["weight"]
-            assert weight is not None
-            check_finite(weight, name)
-            chosen[name] = (
-                packed[name] if packed is not None else SparseMask.from_magnitude(weight, config.initial_sparsity)
-            )
-    _check_free(model, [*chosen, *(packed or {})], found)
+            plain[name] = module._parameters["weight"]
+    _check_free(model, [*plain, *(packed or {})], found)
+    chosen: dict[str, SparseMask] = {}
+    for name, weight in plain.items():
+        assert weight is not None
+        check_finite(weight, name)
+        chosen[name] = packed[name] if packed else SparseMask.from_magnitude(weight, config.initial_sparsity)
     beside = parameters_beside(model, config, adapted=set(targets))
 
     for parameter in model.parameters():
@@ -214,7 +214,7 @@ def _check_masks(model: nn.Module, found: Mapping[str, SparseLoRALayer], masks: 
 
 
 def _check_free(model: nn.Module, names: list[str], found: Mapping[str, SparseLoRALayer]) -> None:
-    """Weights about to be masked belong to one module each, and to no other mask."""
+    """Weights about to be masked are here, belong to one module each, and to no other mask."""
     modules = {_weight_of(name): module for name, module in model.named_modules(remove_duplicate=False)}
     owners: dict[int, dict[int, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -226,6 +226,8 @@ def _check_free(model: nn.Module, names: list[str], found: Mapping[str, SparseLo
     for name in names:
         if name in found or name in ours:
             continue
+        if known[name].is_meta:
+            raise ValueError(f"{name!r} is on the meta device (not loaded, or offloaded); load the model whole")
         shared = list(owners[id(known[name])].values())
         if len(shared) > 1:
             raise ValueError(
