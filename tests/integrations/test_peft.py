@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from resu.core.counting import pruned_count
 from resu.core.mask import SparseMask
 from resu.core.mask_files import write_masks
+from resu.core.peak_memory import measure_memory
 from resu.core.quantization import dequantize, quantize
 from resu.integrations.peft import (
     QRESUAdapterConfig,
@@ -288,6 +289,15 @@ def test_bytes_in_memory():
     assert held == 4 * p + n // 8 + -(-(n - p) // 2) + 2 * 4 * 64
 
 
+@pytest.mark.parametrize("make", [resu, qresu])
+def test_a_step_needs_less_than_one_weight(make):
+    model = make(linear(1024, 4096, bias=False), sparsity=0.02)
+    x = torch.randn(2, 1024)
+    with measure_memory() as used:
+        model(x).sum().backward()
+    assert used.peak < 4 * 1024 * 4096  # tiles of a quarter of it, θ's gradient, indices of the holes
+
+
 # -- what is refused ------------------------------------------------------------------------------------
 def test_quantized_adapters_cannot_be_taken_off():
     model = trained(qresu(linear()))
@@ -359,6 +369,20 @@ def test_offloaded_weights_are_an_error():
     layer_of(model).base_layer.to("meta")
     with pytest.raises(RuntimeError, match="offloaded"):
         model(torch.ones(1, 12))
+
+
+def test_what_waits_until_it_is_unmerged(tmp_path):
+    model = trained(resu(linear()))
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"adapters are merged \(default\).*unmerge_adapter"):
+        model.add_adapter("another", RESUAdapterConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"is merged.*unmerge_adapter"):
+        model.load_adapter(tmp_path, "default")
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("default")
+    model.unmerge_adapter()
+    model.load_adapter(tmp_path, "default")
 
 
 # -- files that do not belong ---------------------------------------------------------------------------

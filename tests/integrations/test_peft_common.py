@@ -319,6 +319,12 @@ def test_adapters_are_merged_one_after_the_other(keeping):
         assert torch.equal(run(model, example("llama")), run(base_model("llama"), example("llama")))
 
 
+def test_adapters_for_each_sample_are_refused(method):
+    model = adapted("llama", config_of(method, "llama"))
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(**example("llama"), adapter_names=["default", "default"])
+
+
 def test_adapters_are_deleted(keeping):
     model, _, second = two(keeping)
     with pytest.raises(ValueError, match="does not exist"):

@@ -25,7 +25,8 @@ def prepare(model: nn.Module, kind: type, adapter: str, state: Mapping[str, Tens
         state: The file: ``{module name.part: tensor}``, with or without PEFT's prefix.
 
     Raises:
-        ValueError: If a layer has no tensors there, tensors have no layer, or do not fit; the layer is named.
+        ValueError: If a layer has no tensors there, tensors have no layer, or do not fit (the layer is named), or the
+            adapter is merged now.
     """
     layers: dict[str, Any] = {
         name: module
@@ -33,6 +34,8 @@ def prepare(model: nn.Module, kind: type, adapter: str, state: Mapping[str, Tens
         if isinstance(module, kind) and adapter in module._all_available_adapter_names()  # type: ignore[attr-defined]
     }
     for name, layer in layers.items():
+        if adapter in layer.merged_adapters:
+            raise ValueError(f"adapter {adapter!r} is merged; call unmerge_adapter() before loading it anew")
         found = {part: _look_up(state, f"{name}.{part}") for part in layer.parts()}
         missing = [part for part, tensor in found.items() if tensor is None]
         if missing:

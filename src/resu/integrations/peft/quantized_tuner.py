@@ -6,20 +6,18 @@ from typing import Any, NoReturn
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
+from torch import nn
 
 from resu.core.layers import every_weight
+from resu.integrations.peft.base_tuner import FileCheckingTuner
 from resu.integrations.peft.geometry import check_target, choose_mask
-from resu.integrations.peft.loading import prepare
 from resu.integrations.peft.quantized_layer import QRESULayer
 from resu.integrations.peft.tuner import first_theta
 
 __all__ = ["QRESUTuner"]
 
 
-class QRESUTuner(BaseTuner):
+class QRESUTuner(FileCheckingTuner):
     """What ``get_peft_model(model, QRESUAdapterConfig(…))`` puts around a model.
 
     It frees the weights of its targets, so what needs them is refused with an error: a second adapter, taking the
@@ -29,7 +27,6 @@ class QRESUTuner(BaseTuner):
 
     prefix = "qresu_"
     tuner_layer_cls = QRESULayer
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -66,14 +63,6 @@ class QRESUTuner(BaseTuner):
         layer = QRESULayer(target, peft_config.bits, peft_config.qscheme)
         layer.add(adapter_name, mask, theta)
         self._replace_module(parent, target_name, layer, target)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        prepare(model, cls.tuner_layer_cls, adapter_name, state_dict)
-        mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return mapped
 
     def unload(self) -> NoReturn:
         """Refused: the base weights are freed.

@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
+from torch import nn
 
+from resu.integrations.peft.base_tuner import FileCheckingTuner
 from resu.integrations.peft.geometry import check_target, choose_mask
-from resu.integrations.peft.loading import prepare
 from resu.integrations.peft.sparse_lora_layer import SparseLoRALayer
 
 __all__ = ["SparseLoRATuner"]
 
 
-class SparseLoRATuner(BaseTuner):
+class SparseLoRATuner(FileCheckingTuner):
     """What ``get_peft_model(model, SparseLoRAAdapterConfig(…))`` puts around a pruned model.
 
     Several adapters may share a model; on one layer they have one mask and one mode.
@@ -24,7 +22,6 @@ class SparseLoRATuner(BaseTuner):
 
     prefix = "sparse_lora_"
     tuner_layer_cls = SparseLoRALayer
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @torch.no_grad()
     def _create_and_replace(
@@ -44,11 +41,3 @@ class SparseLoRATuner(BaseTuner):
         layer.add(adapter_name, mask, peft_config, current_key)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        prepare(model, cls.tuner_layer_cls, adapter_name, state_dict)
-        mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return mapped

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from resu.core.mask import SparseMask
 from resu.core.resurrection import gather_theta
+from resu.integrations.peft.base_tuner import FileCheckingTuner
 from resu.integrations.peft.geometry import check_target, choose_mask, rows_and_columns
 from resu.integrations.peft.layer import RESULayer
-from resu.integrations.peft.loading import prepare
 from resu.modules.theta_start import start_theta
 
 __all__ = ["RESUTuner", "first_theta"]
@@ -26,7 +24,7 @@ def first_theta(base: Any, mask: SparseMask, config: Any) -> Tensor:
     return start_theta(init, rows, mask, config.epsilon, rows.dtype)
 
 
-class RESUTuner(BaseTuner):
+class RESUTuner(FileCheckingTuner):
     """What ``get_peft_model(model, RESUAdapterConfig(…))`` puts around a model.
 
     Several adapters may share a model, each with its own mask and θ over the same base weight.
@@ -34,7 +32,6 @@ class RESUTuner(BaseTuner):
 
     prefix = "resu_"
     tuner_layer_cls = RESULayer
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @torch.no_grad()
     def _create_and_replace(
@@ -49,17 +46,14 @@ class RESUTuner(BaseTuner):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, RESULayer) else target
         check_target(base, current_key)
+        if isinstance(target, RESULayer) and target.merged:
+            raise ValueError(
+                f"adapters are merged ({', '.join(target.merged_adapters)}), and a new one starts from the base "
+                "weight; call unmerge_adapter() first"
+            )
         mask = None if peft_config.stored else choose_mask(base, current_key, peft_config)
         theta = None if mask is None else first_theta(base, mask, peft_config)
         layer = target if isinstance(target, RESULayer) else RESULayer(target)
         layer.add(adapter_name, mask, theta)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        prepare(model, cls.tuner_layer_cls, adapter_name, state_dict)
-        mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return mapped

@@ -1,0 +1,42 @@
+"""What the tuners share: default targets, checked adapter files, and no adapter names per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from resu.integrations.peft.loading import prepare
+
+__all__ = ["FileCheckingTuner"]
+
+
+class FileCheckingTuner(BaseTuner):
+    """A tuner whose layers make room for what an adapter file holds, and refuse one that is not theirs.
+
+    Without ``target_modules`` its targets are those that PEFT knows for LoRA on the architecture.
+    """
+
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        prepare(model, cls.tuner_layer_cls, adapter_name, state_dict)
+        mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return mapped
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **options: Any) -> Iterator[None]:
+        # PEFT drops the argument after this, so it would be ignored in silence.
+        if options.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names (another adapter for each sample of a batch) is not known to this method; run the model "
+                "once for each adapter, with set_adapter()"
+            )
+        yield
