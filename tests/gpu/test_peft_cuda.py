@@ -1,4 +1,4 @@
-"""The PEFT methods on a CUDA device: outputs and gradients of the CPU, merged and unmerged exactly, files for either."""
+"""The PEFT methods on a CUDA device: results of the CPU, merged and unmerged exactly, files for either."""
 
 from __future__ import annotations
 
