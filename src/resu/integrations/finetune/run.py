@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from resu.core.mask_files import write_masks
+from resu.core.randomness import derived_seed
 from resu.integrations.finetune.batches import Collator
 from resu.integrations.finetune.callbacks import Interrupted, Interrupts, LogFile, MemoryWatch, ShownProgress
 from resu.integrations.finetune.config import FinetuneConfig
@@ -151,6 +152,7 @@ class _Job:
             if known is None and self.arguments.should_save:
                 write_masks(masks, file)
         targets = target_names(self.loaded, config)[0] if config.method == "lora" else []
+        torch.manual_seed(derived_seed(config.seed, "prepare"))  # θ and low-rank factors may start at random
         self.prepared = prepare(self.loaded, masks, targets, config)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
