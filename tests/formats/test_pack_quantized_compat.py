@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resu.formats.compressed import read_compressed
 from resu.formats.pack_quantized import pack_quantized, quantization_config, unpack_quantized
 from resu.integrations.checkpoint import prune_checkpoint
+from resu.integrations.convert import convert
 from tests.integrations.conftest import stories  # noqa: F401 (a fixture)
 
 
@@ -71,6 +71,7 @@ def test_models_load_in_transformers_with_our_weights(library, stories, tmp_path
     pruned, packed = tmp_path / "pruned", tmp_path / "packed"
     pruned.mkdir()
     packed.mkdir()
+    (tmp_path / "rounded").mkdir()
     prune_checkpoint(stories, pruned / "causal", 0.5)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -82,17 +83,19 @@ def test_models_load_in_transformers_with_our_weights(library, stories, tmp_path
     write_pack_quantized(pruned / "causal", packed / "causal")
     write_pack_quantized(pruned / "causal", packed / "groups", group_size=4)
     write_pack_quantized(pruned / "classification", packed / "classification", ignore="classifier")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=3, **sizes)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    prune_checkpoint(tmp_path / "moe", pruned / "experts", 0.5)
+    write_pack_quantized(pruned / "experts", packed / "experts")
     target = library("models", packed)
     ids = torch.arange(3, 27).view(2, 12)
-    for name in ("causal", "groups", "classification"):
-        dense, _ = load_model(pruned / ("causal" if name == "groups" else name))
-        state, _, _ = read_compressed(packed / name)
-        own = dense.state_dict()
+    for name in ("causal", "groups", "classification", "experts"):
+        convert(packed / name, tmp_path / "rounded" / name, "dense")
+        before, _ = load_model(pruned / ("causal" if name == "groups" else name))
+        after, _ = load_model(tmp_path / "rounded" / name)
         with torch.no_grad():
-            before = dense(input_ids=ids)[0]
-            for key, value in state.items():
-                own[key].copy_(value)
-            expected = dense(input_ids=ids)[0]
-        assert not torch.equal(before, expected)
+            unrounded, expected = before(input_ids=ids)[0], after(input_ids=ids)[0]
+        assert not torch.equal(unrounded, expected)
         for way, found in load_file(target / f"{name}.safetensors").items():
             assert torch.equal(found, expected), (name, way)

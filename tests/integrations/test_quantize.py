@@ -122,6 +122,22 @@ def test_encoders_whose_files_lack_the_prefix_and_layers_left_out(tmp_path):
     assert report["ignored"] == ["classifier"]  # it is not in the file
 
 
+def test_experts_stored_one_by_one(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    more = {"num_key_value_heads": 2, "num_experts": 3, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    config = transformers.Qwen2MoeConfig(vocab_size=64, shared_expert_intermediate_size=16, **sizes, **more)
+    transformers.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "dense")
+    report = write_pack_quantized(tmp_path / "dense", tmp_path / "packed")
+    packed = Stored.open(tmp_path / "packed").quantized
+    assert sum(".experts." in name for name in packed) == 9
+    assert len(packed) == report["packed"] == 9 + 4 + 3
+    assert report["ignored"] == ["model.layers.0.mlp.shared_expert_gate", "lm_head"]
+    assert not any("gate.weight" in name for name in packed)
+    with pytest.raises(ValueError, match=r"experts\.0\.down_proj.*cannot stay dense"):
+        write_pack_quantized(tmp_path / "dense", tmp_path / "other", ignore="*.experts.*")
+
+
 def test_layers_that_are_no_linear_stay_dense(tmp_path):
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8)

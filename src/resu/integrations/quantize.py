@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resu.core.globs import glob_list
+from resu.core.globs import glob_list, glob_matches
 from resu.core.io import FileFormatError
 from resu.formats.pack_plan import plan_quantized
 from resu.formats.pack_quantized import FORMAT
@@ -22,6 +23,9 @@ from resu.integrations.hf import model_class, quiet
 from resu.pruning.targets import pruning_targets
 
 __all__ = ["linear_layers", "write_pack_quantized"]
+
+_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def write_pack_quantized(
@@ -101,13 +105,14 @@ def linear_layers(
 
     Returns:
         The names of weights as stored, and the names of all other ``nn.Linear`` modules of the model, which a reader
-        has to be told.
+        has to be told. Experts that are stored one by one are linear layers to readers, although transformers fuses
+        them, and all of them have to be packed; what routes tokens to them is left out.
 
     Raises:
-        ValueError: If a glob matches nothing, or transformers does not have the model.
+        ValueError: If a glob matches nothing or an expert, or transformers does not have the model.
     """
-    model = _empty_model(folder, stored)
-    targets, _ = pruning_targets(model, exclude=glob_list(ignore))
+    model, left_out = _empty_model(folder, stored), glob_list(ignore) or []
+    targets, _ = pruning_targets(model, exclude=left_out or None)
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     prefix = f"{model.base_model_prefix}."
     places = {name.removeprefix(prefix): name for name in stored.names}  # with or without it, it is the same weight
@@ -115,10 +120,14 @@ def linear_layers(
     for name, layer in targets.items():
         module = name.removesuffix(".weight")
         held = places.get(name.removeprefix(prefix))
-        if module in modules and held is not None and stored.shape(held) == layer.weight.shape:
+        router = module.rpartition(".")[2] in _ROUTERS
+        if module in modules and held is not None and stored.shape(held) == layer.weight.shape and not router:
             found[module] = held
-    order = {name: place for place, name in enumerate(stored.names)}
-    return sorted(found.values(), key=order.__getitem__), [name for name in modules if name not in found]
+    experts = {name for name in stored.names if _EXPERT.search(name) and len(stored.shape(name)) == 2}
+    if odd := sorted(name for name in experts if any(glob_matches(glob, name) for glob in left_out)):
+        raise ValueError(f"{odd[0]!r} cannot stay dense: readers of {FORMAT} fuse experts and want all of them packed")
+    chosen = experts.union(found.values())
+    return [name for name in stored.names if name in chosen], [name for name in modules if name not in found]
 
 
 def _empty_model(folder: Path, stored: Stored) -> Any:
