@@ -20,7 +20,7 @@ def test_gradients_are_those_of_one_process(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(list(tmp_path.iterdir())) == 12
