@@ -167,8 +167,6 @@ def test_masked_language_models_and_commits(place: Path, tmp_path: Path) -> None
 )
 @pytest.mark.parametrize("method", ["resu", "qresu"])
 def test_other_ways_to_compute(place: Path, tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
-    if changes.get("optimizer") == "adamw8bit":
-        pytest.importorskip("torchao.optim")
     report = finetune(settings(place, method, save_steps=3, steps=8, **changes), tmp_path / "out")
     assert report["evaluation"]["end"]["loss"] < report["evaluation"]["start"]["loss"]
     dtype = getattr(torch, changes.get("dtype", "float32"))

@@ -97,7 +97,7 @@ class FinetuneConfig:
         warmup: Share of the steps over which the step size grows from 0.
         schedule: ``linear`` or ``cosine`` to 0, or ``constant``.
         clip: Largest norm of the gradient; 0: none.
-        optimizer: ``adamw``, ``adamw8bit`` (torchao or bitsandbytes), ``adafactor``, ``sgd`` (with momentum 0.9).
+        optimizer: ``adamw``, ``adamw8bit`` (moments in 8 bits), ``adafactor``, ``sgd`` (with momentum 0.9).
         in_backward: Whether each weight is updated as soon as its gradient is there, so that gradients of layers never
             coexist (:mod:`resu.training.update_in_backward`); for ``clip`` 0, one pass per step and one process.
         dtype: Of the weights; None: as stored.
@@ -264,11 +264,8 @@ def _check_use(config: FinetuneConfig) -> None:
         raise ValueError(
             "in-backward leaves no gradient behind, which clip and accumulate need; use clip 0 and accumulate 1"
         )
-    if method == "qresu-selective":
-        if config.accumulate > 1:
-            raise ValueError("qresu-selective moves θ as each gradient arrives and cannot accumulate; use accumulate 1")
-        if config.weight_decay and config.optimizer != "adamw":
-            raise ValueError("qresu-selective has no optimizer for θ; leave the optimizer out")
+    if method == "qresu-selective" and config.accumulate > 1:
+        raise ValueError("qresu-selective moves θ as each gradient arrives and cannot accumulate; use accumulate 1")
     if config.bits is not None and method not in ("qresu", "qresu-selective", "sparse-lora"):
         raise ValueError(f"bits are for qresu, qresu-selective and sparse-lora, not for {method!r}")
     if config.theta_dtype is not None and not method.startswith("qresu"):

@@ -40,7 +40,7 @@ def target_names(loaded: LoadedModel, config: FinetuneConfig) -> tuple[list[str]
     trained = {n for n in (*head_names(loaded.model), *loaded.new) if n in parameters}
     matrices = sorted(n for n in trained if parameters[n].ndim >= 2 and id(parameters[n]) not in known)
     targets, skipped = pruning_targets(loaded.model, None, [*config.exclude, *matrices])
-    return list(targets), skipped | dict.fromkeys(matrices, "head of the task, which trains whole")
+    return list(targets), skipped | dict.fromkeys(matrices, "head of the task")
 
 
 def settle_masks(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from resu.integrations.finetune.config import FinetuneConfig
+from resu.training.adamw8bit import AdamW8bit
 from resu.training.update_in_backward import optimizer_in_backward
 
 __all__ = ["make_optimizer", "trained"]
@@ -26,9 +27,6 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: FinetuneConfig) 
 
     Weight decay acts on matrices and θ; norms and biases have none. Without parameters (all layers update themselves)
     it holds one empty tensor, so that there is something for a schedule of the step size to act on.
-
-    Raises:
-        ImportError: If ``adamw8bit`` is asked for and neither torchao nor bitsandbytes is there.
     """
     decayed = [p for name, p in parameters.items() if p.ndim > 1 or name.rpartition(".")[2] == "theta"]
     others = [p for name, p in parameters.items() if not any(p is one for one in decayed)]
@@ -51,20 +49,4 @@ def _made(groups: list[dict[str, Any]], config: FinetuneConfig) -> Optimizer:
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     if config.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=rate)
-    return _adamw8bit(groups, rate)
-
-
-def _adamw8bit(groups: list[dict[str, Any]], rate: float) -> Optimizer:
-    """AdamW with 8-bit moments (Dettmers et al., arXiv 2110.02861): of torchao, else of bitsandbytes."""
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ImportError(
-                "optimizer 'adamw8bit' needs torchao (pip install torchao) or bitsandbytes", name=error.name
-            ) from error
-    made = AdamW8bit(groups, lr=rate)
-    assert isinstance(made, Optimizer)
-    return made
+    return AdamW8bit(groups, lr=rate, seed=config.seed)

@@ -81,6 +81,10 @@ def finetune(
             report = job.train()
             adapter = job.adapter() if keep_adapter else None
             return job.save(report, out, adapter, max_shard_size, overwrite)
+        except BaseException:
+            if job.arguments.should_save:
+                work.abandon()
+            raise
         finally:
             job.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -23,9 +24,19 @@ REPORT, LOG, ADAPTER = "run.json", "log.csv", "adapter"
 
 def write_json(values: Any, path: Path) -> None:
     """Write plain values, whole or not at all; what is there is replaced."""
+    values = _finite(values)
     with replacing(path, overwrite=True) as temporary:
         text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null, which any parser reads."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_run(

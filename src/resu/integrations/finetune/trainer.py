@@ -63,6 +63,7 @@ def make_arguments(config: FinetuneConfig, work: Path, steps: int) -> TrainingAr
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # codes, masks and scales are the same everywhere and stay so
         ddp_backend="gloo" if use_cpu and "RANK" in os.environ else None,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # copies of a model in one process know no masks

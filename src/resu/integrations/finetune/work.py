@@ -63,9 +63,15 @@ class Work:
             write_json(self.config.to_json(), self.folder / _SETTINGS)
 
     def checkpoint(self) -> Path | None:
-        """The last checkpoint that was written whole."""
-        if not self.resumes:
-            return None
+        """The last checkpoint that was written whole, if the run goes on."""
+        return self._last() if self.resumes else None
+
+    def abandon(self) -> None:
+        """An error has ended the run: without a checkpoint there is nothing to keep of it."""
+        if not self.resumes and self.folder.is_dir() and self._last() is None:
+            self.remove()
+
+    def _last(self) -> Path | None:
         found = {int(m[1]): p for p in self.folder.iterdir() if (m := _CHECKPOINT.fullmatch(p.name))}
         whole = [step for step, path in found.items() if (path / "trainer_state.json").is_file()]
         return found[max(whole)] if whole else None
