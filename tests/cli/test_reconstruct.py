@@ -38,7 +38,7 @@ def test_a_table_then_json(resu, refused, half, stories, text, tmp_path):
     assert shown.stderr == ""
     assert "model.layers.4" in shown.stdout
     assert "sparsity 50.00 %" in shown.stdout
-    assert validate(tmp_path / "out").ok
+    assert validate(tmp_path / "out")["ok"]
     again = ("reconstruct", half, *options(stories, text, tmp_path / "out"))
     assert "--force" in refused(*again)
     report = json.loads(resu(*again, "--force", "--json").stdout)

@@ -73,7 +73,7 @@ def test_repaired_from_disk_is_repaired_in_memory_bit_for_bit(stories, half, tex
     assert report["actual"] == 0.5
     assert report["method"] == "magnitude"
     assert (tmp_path / "out" / "masks.safetensors").read_bytes() == (half / "masks.safetensors").read_bytes()
-    assert validate(tmp_path / "out").ok
+    assert validate(tmp_path / "out")["ok"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing is left beside it
 
 
@@ -133,7 +133,7 @@ def test_other_architectures(kind, text, tmp_path, stories):
     report = reconstruct_directory(tmp_path / "pruned", tmp_path / "out", dense=dense, calibration=text, **options)
     assert len(report["reconstruction"]["blocks"]) == 2
     assert report["reconstruction"]["skipped"] == {}
-    assert validate(tmp_path / "out").ok
+    assert validate(tmp_path / "out")["ok"]
     repaired, _ = load_model(tmp_path / "out")
     before, after = Shards.open(tmp_path / "pruned"), Shards.open(tmp_path / "out")
     assert before.files == after.files

@@ -191,6 +191,32 @@ def test_a_block_that_nothing_made_better_stays_as_it_was():
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
+class Twice(nn.Module):
+    """A block that uses one weight under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+
+@pytest.mark.parametrize("targets", ["dense", "sparse"])
+def test_a_weight_tied_within_a_block_stays_tied(targets):
+    torch.manual_seed(0)
+    dense = nn.Sequential(Twice(), Twice())
+    model = copy.deepcopy(dense)
+    masks = prune_model(model, 0.5, include="*").masks
+    assert set(masks) == {"0.first.weight", "1.first.weight"}
+    batches = [torch.randn(32, 8) for _ in range(4)]
+    result = reconstruct(model, masks, dense=dense, calibration=batches, targets=targets, epochs=4)
+    assert all(block["after"] < block["before"] for block in result.report["blocks"])
+    assert all(block.second.weight is block.first.weight for block in model)
+    assert not model[0].first.weight[~masks["0.first.weight"]].any()
+
+
 def test_what_is_asked_of_a_block_alone():
     """With targets="sparse" a block that was not pruned has nothing to make up for, whatever came before it."""
     dense, model, masks = pruned("llama")

@@ -68,9 +68,11 @@ class Lending:
             yield
 
     def weights(self, block: str) -> dict[str, Tensor]:
-        """What a block would be lent, by names inside of it."""
-        named = _tensors(self.model.get_submodule(block))
-        return {name: new for name, tensor in named if (new := self._new(tensor)) is not None}
+        """What a block would be lent, by names inside of it; of tied weights by the first."""
+        named: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in _tensors(self.model.get_submodule(block)):
+            named.setdefault(id(tensor), (name, tensor))
+        return {name: new for name, tensor in named.values() if (new := self._new(tensor)) is not None}
 
     def _of(self, module: nn.Module) -> list[tuple[Tensor, Tensor]]:
         tensors = {id(t): t for _, t in _tensors(module)}

@@ -36,8 +36,8 @@ class ReconstructResult:
         report: Plain JSON: the settings; ``blocks``, a list of ``{name, layers, trained, before, after, epoch, errors,
             seconds}``: ``before`` and ``after`` are ``‖f_sparse(x̂) − y‖² / ‖y‖²`` on held-out calibration batches,
             ``epoch`` is the one that was kept (0: nothing was better, so nothing changed), ``errors`` is the error
-            after each; ``skipped``, ``{parameter: reason}``; ``actual``, the sparsity of the masked weights now (0
-            after ``"theta"``); ``seconds``.
+            after each (None where it was not finite); ``skipped``, ``{parameter: reason}``; ``actual``, the sparsity
+            of the masked weights now (0 after ``"theta"``); ``seconds``.
     """
 
     masks: dict[str, Tensor]
@@ -78,7 +78,7 @@ def reconstruct(
     a layer's weights; θ at pruned positions can be trained.
 
     Only one block is trained at a time, so that gradients and optimizer state are those of one block. Cost: about
-    ``3 · epochs + 3`` forward passes over the calibration data. Memory beside the model: activations of all calibration
+    ``3 · epochs + 2`` forward passes over the calibration data. Memory beside the model: activations of all calibration
     tokens at three places of the model.
 
     Fails where pruned and dense activations differ so much that a block cannot make up for it (much above 50 %), and on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -236,7 +237,7 @@ def _row(unit: Unit, names: Sequence[str], fit: Fit, trained: int, seconds: floa
         "before": fit.before,
         "after": fit.after,
         "epoch": fit.epoch,
-        "errors": list(fit.history),
+        "errors": [error if math.isfinite(error) else None for error in fit.history],  # JSON knows no infinity
         "seconds": round(seconds, 3),
     }
 
