@@ -28,6 +28,7 @@ from resu.core.shards import Shards
 from resu.formats.validate import validate
 from resu.integrations.finetune import run as run_file
 from resu.integrations.finetune.callbacks import Interrupts
+from resu.integrations.finetune.checkpoint import read_state, write_state
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.run import Interrupted, finetune
 from tests.integrations.finetune_models import directory, labelled_file, text_file
@@ -39,7 +40,7 @@ REPO = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetune")
-    directory(folder / "llama", "llama", attention_dropout=0.1)
+    directory(folder / "llama", "llama", attention_dropout=0.1, tie_word_embeddings=True)
     directory(folder / "bert", "bert-body")
     directory(folder / "masked", "bert")
     labelled_file(folder / "train.txt", 96)
@@ -143,6 +144,21 @@ def test_a_result_is_gone_on_with_and_keeps_its_mask_and_labels(place: Path, tmp
     assert report["evaluation"]["source"] == pytest.approx(first["evaluation"]["saved"], rel=1e-5)  # its head too
     assert validate(tmp_path / "second")["ok"]
     assert {p.name for p in (tmp_path / "second").iterdir()} == {p.name for p in (tmp_path / "first").iterdir()}
+
+
+def test_a_mask_that_is_given_up_is_said(place: Path, tmp_path: Path) -> None:
+    finetune(settings(place, "masked", steps=1), tmp_path / "sparse")
+    for method, says in (("full", "knows no mask"), ("resu", "commit sparse or amnesty keeps its count")):
+        config = settings(place, method, source=tmp_path / "sparse", sparsity=None, steps=1)
+        assert says in finetune(config, tmp_path / method)["notes"][0]
+        assert not (tmp_path / method / "masks.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_state(nn.Linear(3, 2), tmp_path)
+    for other in (nn.Linear(3, 2, bias=False), nn.Linear(4, 2), nn.Sequential(nn.Linear(3, 2))):
+        with pytest.raises(FileFormatError, match="is of another model"):
+            read_state(other, tmp_path)
 
 
 def test_masked_language_models_and_commits(place: Path, tmp_path: Path) -> None:

@@ -15,14 +15,13 @@ from resu.core.pattern import NM, get_pattern
 from resu.integrations.finetune.batches import Collator
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.data import Row
-from resu.integrations.finetune.model import LoadedModel, head_names
+from resu.integrations.finetune.model import MASK_FILE, LoadedModel, head_names
 from resu.pruning.importance import importances
 from resu.pruning.mask_generator import MaskGenerator
 from resu.pruning.targets import pruning_targets
 
-__all__ = ["MASK_FILE", "settle_masks", "target_names"]
+__all__ = ["settle_masks", "target_names"]
 
-MASK_FILE = "masks.safetensors"
 _BATCH = 8
 
 

@@ -15,13 +15,15 @@ from resu.core.shards import Shards
 from resu.integrations.hf import check_directory, load_tokenizer, quiet, widest_dtype
 from resu.integrations.hf_text import default_length
 
-__all__ = ["LoadedModel", "head_names", "load_for_task", "settle_task", "usual_length"]
+__all__ = ["MASK_FILE", "LoadedModel", "head_names", "load_for_task", "settle_task", "usual_length"]
 
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "classification": "AutoModelForSequenceClassification",
 }
+#: Masks beside the weights of a directory.
+MASK_FILE = "masks.safetensors"
 _LONGEST = 512  # tokens; what is usual in fine-tuning
 
 

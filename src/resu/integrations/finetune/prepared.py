@@ -12,7 +12,7 @@ from torch import nn
 from resu.core.enforcement import Constraint
 from resu.core.mask import SparseMask
 from resu.integrations.finetune.config import FinetuneConfig
-from resu.integrations.finetune.model import LoadedModel, head_names
+from resu.integrations.finetune.model import MASK_FILE, LoadedModel, head_names
 from resu.modules.base import RESUModule
 from resu.modules.convert import get_resu_modules
 from resu.modules.settings import RESUMode
@@ -56,6 +56,27 @@ def prepare(loaded: LoadedModel, masks: Masks, targets: list[str], config: Finet
     Raises:
         ValueError: If a layer is of a kind that the method cannot act on.
     """
+    prepared = _prepared(loaded, masks, targets, config)
+    if densified(config):
+        prepared.notes.append(
+            f"the source is sparse and the result is dense: {config.method} "
+            + (
+                "with commit dense gives the mask up; commit sparse or amnesty keeps its count"
+                if config.has_theta
+                else "knows no mask; masked and sparse-lora keep it"
+            )
+        )
+    return prepared
+
+
+def densified(config: FinetuneConfig) -> bool:
+    """Whether a source that brings masks loses them."""
+    return (config.source / MASK_FILE).is_file() and (
+        not config.masks or (config.has_theta and config.commit == "dense")
+    )
+
+
+def _prepared(loaded: LoadedModel, masks: Masks, targets: list[str], config: FinetuneConfig) -> Prepared:
     if config.method in ("full", "masked"):
         return _whole(loaded, masks)
     for parameter in loaded.model.parameters():
@@ -63,16 +84,12 @@ def prepare(loaded: LoadedModel, masks: Masks, targets: list[str], config: Finet
     if config.has_theta:
         from resu.integrations.finetune.theta import prepare_theta
 
-        prepared = prepare_theta(loaded, masks, config)
-    elif config.method == "lora":
-        from resu.integrations.finetune.adapters import prepare_lora
+        return prepare_theta(loaded, masks, config)
+    from resu.integrations.finetune.adapters import prepare_lora, prepare_sparse_lora
 
-        prepared = prepare_lora(loaded, targets, config)
-    else:
-        from resu.integrations.finetune.adapters import prepare_sparse_lora
-
-        prepared = prepare_sparse_lora(loaded, masks, config)
-    return prepared
+    if config.method == "lora":
+        return prepare_lora(loaded, targets, config)
+    return prepare_sparse_lora(loaded, masks, config)
 
 
 def _whole(loaded: LoadedModel, masks: Masks) -> Prepared:

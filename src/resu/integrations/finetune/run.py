@@ -19,8 +19,8 @@ from resu.integrations.finetune.callbacks import Interrupted, Interrupts, LogFil
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.data import Examples, Row, has_labels, label_names, read_examples, rows_of, split
 from resu.integrations.finetune.evaluate import METRICS, evaluate
-from resu.integrations.finetune.masks import MASK_FILE, settle_masks, target_names
-from resu.integrations.finetune.model import LoadedModel, load_for_task, settle_task, usual_length
+from resu.integrations.finetune.masks import settle_masks, target_names
+from resu.integrations.finetune.model import MASK_FILE, LoadedModel, load_for_task, settle_task, usual_length
 from resu.integrations.finetune.prepared import Masks, Prepared, prepare, trained_values
 from resu.integrations.finetune.save import ADAPTER, LOG, save_adapter, save_run
 from resu.integrations.finetune.trainer import FinetuneTrainer, make_arguments, make_trainer, refuse_sharding

@@ -12,7 +12,7 @@ from typing import Any
 from resu.core.io import replacing
 from resu.core.mask_files import write_masks
 from resu.core.shards import Shards
-from resu.integrations.finetune.masks import MASK_FILE
+from resu.integrations.finetune.model import MASK_FILE
 from resu.integrations.finetune.prepared import Masks, Prepared
 from resu.integrations.folders import copy_companions, new_folder
 from resu.integrations.hf import check_directory, seal_folder, stored_names, write_model
