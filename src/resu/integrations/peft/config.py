@@ -87,6 +87,7 @@ class RESUAdapterConfig(ResurrectionConfig):
     :class:`ResurrectionConfig`.
 
     Example:
+        >>> import torch
         >>> from peft import get_peft_model
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
         >>> adapted = get_peft_model(model, RESUAdapterConfig(sparsity=0.25, target_modules=["0"]))

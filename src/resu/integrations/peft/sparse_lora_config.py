@@ -43,6 +43,7 @@ class SparseLoRAAdapterConfig(PeftConfig):
         ValueError: On an unknown name or a value out of range; the error says what is allowed.
 
     Example:
+        >>> import torch
         >>> from peft import get_peft_model
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
         >>> mask = torch.rand(4, 8) < 0.5
