@@ -48,7 +48,7 @@ def test_a_table_then_json(resu, refused, half, stories, text, tmp_path):
 
 def test_what_is_refused_in_one_line(refused, half, stories, text, tmp_path):
     rest = options(stories, text, tmp_path / "out")
-    assert "no directory" in refused("reconstruct", tmp_path / "absent", *rest)
+    assert "no file or folder" in refused("reconstruct", tmp_path / "absent", *rest)
     assert "no mask file" in refused("reconstruct", stories, *rest)
     assert "'kept', 'theta', 'lora'" in refused("reconstruct", half, *rest, "--train", "all")
     assert "lr" in refused("reconstruct", half, *rest, "--lr", "-1")

@@ -90,14 +90,14 @@ def reconstruct_directory(
     pruned, dense, target = Path(pruned), Path(dense), Path(os.path.realpath(out))
     check_apart(out, pruned, dense, calibration, masks)
     check_free(out, overwrite=overwrite)
-    model = empty_model(pruned)
-    shards, teacher = Shards.open(pruned), Shards.open(dense)
+    shards, teacher = (Shards.open(folder) for folder in (pruned, dense))
     for folder in (shards, teacher):
         if packed := bitmask_prefixes(dict.fromkeys(folder.names)):
             raise ValueError(
                 f"{folder.folder} holds weights in a bitmask layout ({packed[0]}weight); make it dense first "
                 "(resu convert)"
             )
+    model = empty_model(pruned)
     given = _masks(Path(masks) if masks is not None else pruned / _MASKS, model, shards)
     layers, held = masked_layers(model, given)
     tokenizer = load_tokenizer(pruned) or load_tokenizer(dense)

@@ -226,10 +226,14 @@ class OneShotFolder:
     def _save_activations(self, number: int, activations: Activations) -> list[list[Any]]:
         tensors: dict[str, Tensor] = {}
         slots: list[list[Any]] = []
+        memory: set[int] = set()
         for i, held in enumerate(activations):
             slots.append([[s.kind, s.block, list(s.path), tensor_checksum(x)] for s, x in held.items()])
-            # Copies: the format refuses tensors that share memory, as outputs of one block may.
-            tensors |= {f"{i}.{j}": x.clone().contiguous() for j, x in enumerate(held.values())}
+            for j, x in enumerate(held.values()):
+                # A copy where memory is shared, as by outputs of one block: the format refuses it.
+                shared = x.untyped_storage().data_ptr() in memory
+                memory.add(x.untyped_storage().data_ptr())
+                tensors[f"{i}.{j}"] = x.clone().contiguous() if shared else x.contiguous()
         self._save(self.path / f"activations-{number:04d}.safetensors", tensors)
         return slots
 
