@@ -172,6 +172,8 @@ def command(
         fail(f"{stop}; go on with the same command and --resume", 130)
     except FloatingPointError as error:
         fail(str(error), 1)
+    finally:
+        _end_processes()
     if not first:
         return
     if as_json:
@@ -189,6 +191,14 @@ def _unlogged() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def _end_processes() -> None:
+    """Take down what torchrun's processes were joined by."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
