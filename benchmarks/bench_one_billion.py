@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_one_billion.py --csv benchmarks/results/one_billion.csv
 
 The model is bfloat16 (hidden 2048, feed-forward 8192, 32 heads of which 8 hold keys and values, vocabulary 32000):
-1.04 B weights in 16 layers. Blocks are made, pruned to 50 % and quantized to 4 bits one at a time, so that the dense model
-of 2.1 GB never exists. θ is bfloat16, activations are recomputed, gradients are used up in the backward pass.
+1.04 B weights in 16 layers. Blocks are made, pruned to 50 % and quantized to 4 bits one at a time, so the dense
+model of 2.1 GB never exists. θ is bfloat16, activations are recomputed, gradients are used up in the backward pass.
 """
 
 from __future__ import annotations

@@ -160,3 +160,63 @@ def test_every_optimizer_the_formulas_know_can_be_asked_for():
         predict_memory([("w", (8, 8))], "dense", 0.5, optimizer="?")
     known = str(error.value).partition("known: ")[2].split(", ")
     assert sorted(known) == sorted(plan.OPTIMIZERS)
+
+
+# -- whole steps ---------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "max_position_embeddings": 64}))
+    return tmp_path
+
+
+def test_a_whole_step_is_planned_by_method(resu, folder):
+    asked = ("--config", str(folder), "--batch", "2", "--length", "32", "--method", "full", "--method", "qresu4")
+    found = document(resu, *asked, "--theta-dtype", "float32")
+    full, qresu = found["methods"]
+    assert (full["method"], qresu["method"]) == ("full", "qresu4")
+    for row in (full, qresu):
+        assert row["weights"] + row["state"] + row["step"] == row["peak"]
+        assert row["fits"] is None
+    weights = sum(x.numel for x in read_config(folder).layers) + 512 * 64 + 7 * 64  # and norms
+    assert full["trained"] == weights
+    assert full["weights"] == pytest.approx(4 * weights, rel=0.01)
+    assert full["state"] == pytest.approx(8 * weights, rel=0.01)
+    assert qresu["trained"] == pytest.approx((weights - 2 * 512 * 64 - 7 * 64) / 2, rel=0.01)
+
+
+def test_what_does_not_fit_is_told_with_what_makes_it_fit(resu, folder):
+    asked = ("plan", "--config", str(folder / "config.json"), "--batch", "8", "--length", "64", "--method", "full")
+    peak = json.loads(resu(*asked, "--json").stdout)["methods"][0]["peak"]
+    result = resu(*asked, "--memory", str(peak - 1))
+    assert result.exit_code == 0, result.output
+    assert "no, 1 B over; with --in-backward: yes" in result.stdout
+    assert "full fine-tuning" in result.stdout
+    row = json.loads(resu(*asked, "--memory", str(peak), "--json").stdout)["methods"][0]
+    assert row["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--layers", "8x8", "--batch", "1"), "give its --config"),
+        (("--layers", "8x8", "--in-backward"), "--in-backward belongs to a plan of whole steps"),
+        (("--batch", "0"), "batch must be 1 or more"),
+        (("--batch", "1", "--method", "resnet"), "unknown method 'resnet'; known: full, lora"),
+        (("--batch", "1", "--length", "65", "--method", "full"), "max_position_embeddings = 64"),
+        (("--batch", "1", "--dtype", "int8"), "unknown --dtype 'int8'"),
+        (("--batch", "1", "--optimizer", "lion"), "unknown optimizer 'lion'"),
+    ],
+)
+def test_a_plan_of_steps_that_cannot_be_made_is_one_line(resu, folder, args, message):
+    config = () if "--layers" in args else ("--config", str(folder))
+    result = resu("plan", *config, *args)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_a_config_that_is_none(resu, folder):
+    (folder / "config.json").write_text('{"model_type": "no-such-model"}')
+    result = resu("plan", "--config", str(folder), "--batch", "1")
+    assert result.exit_code == 2
+    assert "no configuration that transformers reads" in " ".join(result.output.split())

@@ -44,7 +44,7 @@ KINDS = {
     "other": "embeddings",
 }
 DTYPES = ("float32", "bfloat16", "float16")
-OPTIMIZERS = ("adamw", "adam", "adam8bit", "momentum", "sgd", "none")
+OPTIMIZERS = ("adamw", "adam", "adam8bit", "momentum", "sgd", "none")  # with --batch, adafactor too
 
 
 def command(
@@ -59,13 +59,57 @@ def command(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory there is, such as 16GB: says what fits.")
     ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Samples per step: the whole of a fine-tuning step of --config is planned.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per sample, with --batch.")] = 512,
+    method: Annotated[
+        list[str] | None, typer.Option(help="With --batch: a method, repeatable; left out: all of them.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of low-rank updates, with --batch.")] = 16,
+    weight_decay: Annotated[float, typer.Option(help="Of adamw, with --batch.")] = 0.0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --batch: compute activations twice.")
+    ] = False,
+    in_backward: Annotated[
+        bool, typer.Option("--in-backward", help="With --batch: update each weight as its gradient arrives.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say how many bytes training holds in each mode: weights, θ, gradients and optimizer state.
 
     Computed by the formulas that resu.memory_report is tested against. Activations, biases, norms and what
     exists only within a step are not counted. Embeddings (of --config) are held, and not trained.
+
+    With --config and --batch, whole fine-tuning steps of the model are planned instead, by method: activations and
+    temporaries too. The step is followed without weights and without running it (needs transformers).
     """
+    if batch is not None:
+        from resu.cli._plan_step import plan_steps
+
+        if config is None:
+            raise CliError("--batch plans the steps of a whole model: give its --config, not --layers")
+        setup = {
+            "batch": batch,
+            "length": length,
+            "sparsity": parse_sparsity(sparsity),
+            "dtype": dtype,
+            "theta_dtype": theta_dtype,
+            "optimizer": optimizer,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "checkpointing": gradient_checkpointing,
+            "in_backward": in_backward,
+        }
+        plan_steps(config, method, setup, None if memory is None else parse_bytes(memory), as_json=as_json)
+        return
+    for name, given in (
+        ("--method", method),
+        ("--gradient-checkpointing", gradient_checkpointing),
+        ("--in-backward", in_backward),
+    ):
+        if given:
+            raise CliError(f"{name} belongs to a plan of whole steps: give --config and --batch too")
     level = parse_sparsity(sparsity)
     budget = None if memory is None else parse_bytes(memory)
     for option, value, known in (
