@@ -4,8 +4,9 @@
 
 The same pruned network (`layers` square linear layers with ReLU) is trained by each method in one process, one step
 after the other in turn; the ratio is to PEFT's LoRA of the same round (to the first method without PEFT).
-With one thread, time is that of the processor, which other programs do not lengthen much. `dense_weff` makes the masked weight `M ⊙ (W + s·BA)` as a dense tensor and lets autograd do the rest, as the code of
-MaskLoRA's paper does. Peak is what tensors of one step hold at once beyond what is held between steps.
+With one thread, time is that of the processor, which other programs lengthen little. `dense_weff` makes the masked
+weight `M ⊙ (W + s·BA)` as a dense tensor and lets autograd do the rest, as the code of MaskLoRA's paper does. Peak is
+what tensors of one step hold at once beyond what is held between steps.
 """
 
 from __future__ import annotations
