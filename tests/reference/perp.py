@@ -1,4 +1,4 @@
-"""MaskLoRA and ScaleLoRA in a few lines, after PERP (arXiv 2312.15230, section 3.2): what is trained and merged."""
+"""MaskLoRA and ScaleLoRA in a few lines, after PERP (arXiv 2312.15230): what is trained and merged."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """Linear layers with a weight ``W + K ⊙ (left @ right)`` that exists only tile by tile, forward and backward.
 
-``K`` is the mask (``W_eff = M ⊙ (W + s·BA)``: MaskLoRA, arXiv 2312.15230, section 3.2) or the base weight itself
+``K`` is the mask (``W_eff = M ⊙ (W + s·BA)``: MaskLoRA, arXiv 2312.15230) or the base weight itself
 (``W_eff = W ⊙ (1 + s·BA)``). Rows are put together, multiplied and forgotten; the gradient of the adapter is taken from
 the weight gradient of one tile at a time. Nothing of the weight's size is allocated or kept, whether the base weight is
 dense or packed.

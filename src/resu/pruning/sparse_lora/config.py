@@ -27,7 +27,7 @@ class SparseLoRAConfig:
     scale               ``W⊙(1 + s·BA)`` (after ScaleLoRA)     the same
     ==================  =====================================  ===========================================
 
-    MaskLoRA and ScaleLoRA: PERP, arXiv 2312.15230, section 3.2. ScaleLoRA there is ``W⊙(BA)`` with every entry of A and
+    MaskLoRA and ScaleLoRA: PERP, arXiv 2312.15230, as in its authors' code (github.com/ZIB-IOL/PERP). ScaleLoRA there is ``W⊙(BA)`` with every entry of A and
     B at ``1/sqrt(r)``; all r columns then get equal gradients and stay equal, so its rank stays 1. Here the 1 stands
     apart, A is random and B is 0, as in LoRA: the start is the same weight, and the rank is used.
 
@@ -48,7 +48,7 @@ class SparseLoRAConfig:
             masked in any case). False: what was trained is what is merged, and it is dense.
         exclude_modules: Globs of what to leave out.
         base_bits: Quantize the kept base weights to 4 or 8 bits, per output row, and free the dense weight; None: not.
-        train_norms: Also train the parameters of normalization layers (PERP, section 3.1).
+        train_norms: Also train the parameters of normalization layers (PERP).
         train_biases: Also train biases.
         train_head: Globs over parameter or module names of what else trains, usually the head of the task.
 
