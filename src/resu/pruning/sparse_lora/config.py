@@ -27,9 +27,10 @@ class SparseLoRAConfig:
     scale               ``W⊙(1 + s·BA)`` (after ScaleLoRA)     the same
     ==================  =====================================  ===========================================
 
-    MaskLoRA and ScaleLoRA: PERP, arXiv 2312.15230, as in its authors' code (github.com/ZIB-IOL/PERP). ScaleLoRA there is ``W⊙(BA)`` with every entry of A and
-    B at ``1/sqrt(r)``; all r columns then get equal gradients and stay equal, so its rank stays 1. Here the 1 stands
-    apart, A is random and B is 0, as in LoRA: the start is the same weight, and the rank is used.
+    MaskLoRA and ScaleLoRA: PERP, arXiv 2312.15230. Its ScaleLoRA, as in the authors' code, is ``W⊙(BA)`` with every
+    entry of A and B at ``1/sqrt(r)``; all r columns then get equal gradients and stay equal, so its rank stays 1. Here
+    the 1 stands apart, A is random and B is 0, as in LoRA: the start is the same weight, and the rank is used. What
+    stands at pruned positions is told from the mask, not from weights that are 0, as there.
 
     Args:
         r: Rank.
