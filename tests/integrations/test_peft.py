@@ -1,5 +1,6 @@
 """RESU, QRESU and sparse LoRA in PEFT: the weights they make, what they refuse, their files, the Trainer."""
 
+import csv
 import enum
 import subprocess
 import sys
@@ -341,6 +342,22 @@ def test_targets_are_checked(make):
         make(model)
 
 
+@pytest.mark.parametrize("make", [RESUAdapterConfig, QRESUAdapterConfig])
+def test_encoder_layers_of_torch_do_not_go_round_the_adapter(make):
+    def encoder():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+
+    x = torch.randn(2, 3, 8)
+    model = trained(get_peft_model(encoder(), make(sparsity=0.5, target_modules=["linear1", "linear2"])), scale=1.0)
+    with torch.no_grad():  # where torch would take its fast path
+        y = model(x)
+        assert not torch.allclose(y, encoder()(x), atol=1e-2)
+        torch.testing.assert_close(model.merge_and_unload()(x), y)
+    with pytest.raises(TypeError, match="never called"):
+        get_peft_model(encoder(), make(target_modules=["out_proj"]))
+
+
 def test_masks_and_statistics_have_to_fit():
     ones = torch.ones(6, 12, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"masks holds nothing for target module '0' .*; it has: 1.weight"):
@@ -557,6 +574,17 @@ def test_one_graph_when_compiled(make):
     x = torch.randn(3, 12)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_benchmark(repo, tmp_path):
+    small = "--width 64 --layers 1 --batch 4 --rounds 2 --methods lora resu qresu4 sparse_lora"
+    command = [sys.executable, repo / "benchmarks" / "bench_peft.py", *small.split(), "--out", tmp_path / "out.csv"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert rows["resu"]["trained"] == rows["qresu4"]["trained"] == str(64 * 64 // 10)
+    assert float(rows["qresu4"]["held_mib"]) < float(rows["resu"]["held_mib"])
 
 
 # -- the Trainer ----------------------------------------------------------------------------------------

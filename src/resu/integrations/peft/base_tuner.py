@@ -23,6 +23,12 @@ class FileCheckingTuner(BaseTuner):
 
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new_module, self.tuner_layer_cls):
+            # In inference it multiplies with the weights itself (its fast path), unless something waits for the call.
+            new_module.register_forward_pre_hook(_called)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
@@ -40,3 +46,7 @@ class FileCheckingTuner(BaseTuner):
                 "once for each adapter, with set_adapter()"
             )
         yield
+
+
+def _called(module: nn.Module, args: Any) -> None:
+    """Does nothing: that it is there is what counts."""

@@ -51,11 +51,12 @@ def padded_input(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return nn.functional.pad(x, layer._reversed_padding_repeated_twice, mode), (0, 0)
 
 
-def check_target(target: nn.Module, name: str) -> None:
+def check_target(target: nn.Module, name: str, parent: nn.Module) -> None:
     """Raise unless the module can be adapted.
 
     Raises:
-        TypeError: If it is no ``nn.Linear``, ``Conv1D`` or ``nn.Conv2d`` with a plain floating weight.
+        TypeError: If it is no ``nn.Linear``, ``Conv1D`` or ``nn.Conv2d`` with a plain floating weight, or is never
+            called: ``nn.MultiheadAttention`` multiplies with the weight of its output projection itself.
         ValueError: If its weight is on no device or empty.
     """
     weight = getattr(target, "weight", None)
@@ -65,6 +66,11 @@ def check_target(target: nn.Module, name: str) -> None:
         raise TypeError(
             f"target module {name!r} is a {type(target).__name__}{of}; nn.Linear, Conv1D of transformers and "
             "nn.Conv2d with floating weights can be adapted. Name others in exclude_modules"
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TypeError(
+            f"target module {name!r} is never called: nn.MultiheadAttention multiplies with its weight itself, and an "
+            "adapter would do nothing. Name it in exclude_modules"
         )
     if weight.numel() == 0 or weight.is_meta:
         where = "on the meta device (offloaded?)" if weight.is_meta else "empty"

@@ -51,7 +51,7 @@ class QRESUTuner(FileCheckingTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        check_target(target, current_key)
+        check_target(target, current_key, parent)
         names = self._ties.get(id(target.weight), ())
         if len(names) > 1:
             raise ValueError(

@@ -35,7 +35,7 @@ class SparseLoRATuner(FileCheckingTuner):
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, SparseLoRALayer) else target
-        check_target(base, current_key)
+        check_target(base, current_key, parent)
         mask = None if peft_config.stored else choose_mask(base, current_key, peft_config)
         layer = target if isinstance(target, SparseLoRALayer) else SparseLoRALayer(target)
         layer.add(adapter_name, mask, peft_config, current_key)

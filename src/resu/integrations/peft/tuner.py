@@ -45,7 +45,7 @@ class RESUTuner(FileCheckingTuner):
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, RESULayer) else target
-        check_target(base, current_key)
+        check_target(base, current_key, parent)
         if isinstance(target, RESULayer) and target.merged:
             raise ValueError(
                 f"adapters are merged ({', '.join(target.merged_adapters)}), and a new one starts from the base "
