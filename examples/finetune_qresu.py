@@ -20,7 +20,7 @@ PreTrainedTokenizerFast(
     tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
 ).save_pretrained("model")
 torch.manual_seed(0)
-sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 BertModel(BertConfig(vocab_size=len([*SPECIAL, *GOOD, *BAD, *OTHERS]), **sizes)).save_pretrained("model")
 
 draw = random.Random(0)
@@ -39,7 +39,7 @@ report = finetune(
         bits=4,
         theta_dtype="bfloat16",
         sparsity=0.5,
-        steps=60,
+        steps=30,
         learning_rate=3e-3,
         device="cpu",
     ),
