@@ -33,7 +33,8 @@ CONFIGS: dict[str, Any] = {
         vocab_size=8192, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=1408,
         architectures=["LlamaForCausalLM"],
     ),
-    "gpt2": GPT2Config(n_embd=384, n_layer=6, n_head=6, vocab_size=8192, architectures=["GPT2LMHeadModel"]),
+    "gpt2": GPT2Config(n_embd=384, n_layer=6, n_head=6, vocab_size=8192, bos_token_id=0, eos_token_id=0,
+        architectures=["GPT2LMHeadModel"]),
 }  # fmt: skip
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "MiniLM, full, AdamW": ("minilm", {"method": "full", "batch": 2, "length": 128}),

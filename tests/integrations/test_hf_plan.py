@@ -28,7 +28,9 @@ BERT = transformers.BertConfig(
     num_attention_heads=4,
     architectures=["BertForSequenceClassification"],
 )
-GPT2 = transformers.GPT2Config(vocab_size=512, n_embd=96, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"])
+GPT2 = transformers.GPT2Config(
+    vocab_size=512, n_embd=96, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, architectures=["GPT2LMHeadModel"]
+)
 
 
 def _measured(config, setup):
