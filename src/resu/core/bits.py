@@ -80,7 +80,7 @@ def count_bits(packed: Tensor) -> Tensor:
         tensor([9, 2])
     """
     if packed.device.type == "cpu" and hasattr(np, "bitwise_count") and not is_dynamo_compiling():  # NumPy 2; faster
-        return torch.from_numpy(np.bitwise_count(packed.numpy()).sum(axis=-1, dtype=np.int64))
+        return torch.from_numpy(np.asarray(np.bitwise_count(packed.numpy()).sum(axis=-1, dtype=np.int64)))
     # Adds neighbouring bits, then pairs, then halves, all within their byte.
     pairs = packed - ((packed >> 1) & 0x55)
     halves = (pairs & 0x33) + ((pairs >> 2) & 0x33)
