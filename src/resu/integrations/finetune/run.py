@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,7 +170,10 @@ class _Job:
         with Interrupts() as self.interrupts:
             trainer = self._trainer(memory)
             try:
-                trainer.train(resume_from_checkpoint=_text(self.work.checkpoint()))
+                with warnings.catch_warnings():
+                    # accelerate hands DDP an option by the name that torch is about to change
+                    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                    trainer.train(resume_from_checkpoint=_text(self.work.checkpoint()))
             finally:
                 memory.close()
             if self.interrupts.stopped_at is not None:
