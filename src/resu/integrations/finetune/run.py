@@ -160,7 +160,9 @@ class _Job:
         torch.manual_seed(derived_seed(config.seed, "prepare"))  # θ and low-rank factors may start at random
         self.prepared = prepare(self.loaded, masks, targets, config)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The older name is about to go.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if before is None:
             before = {"source": source, "start": self.measure(self.prepared.model)}
             if self.arguments.should_save:
@@ -221,8 +223,6 @@ class _Job:
         if self.config.compare:
             report["evaluation"]["saved"] = self.measure(model)
         model.to("cpu")
-        if self.config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
         if self.arguments.should_save:
             report = save_run(
                 model,
