@@ -206,7 +206,8 @@ def _cell(values: Sequence[float]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The tables of the page: one for each text, mean ± standard deviation over draws of the calibration text."""
-    columns = [(pruner, pattern) for pattern in LEVELS for pruner in PRUNERS]
+    ran = {(row.pruner, row.pattern) for row in rows}
+    columns = [(pruner, pattern) for pattern in LEVELS for pruner in PRUNERS if (pruner, pattern) in ran]
     head = [f"{pruner} {pattern or '50 %'}" for pruner, pattern in columns]
     seeds = max(row.seed for row in rows) + 1
     least = min((row.passes for row in rows if row.way == "kept"), default=1)
