@@ -16,7 +16,7 @@ try:
     from peft.utils.peft_types import PeftType, register_peft_method
 except ImportError as error:
     raise ImportError(
-        f"this needs peft 0.18 or later: pip install 'resu-torch[peft]' ({error})", name=error.name
+        f"this needs peft 0.21 or later: pip install 'resu-torch[peft]' ({error})", name=error.name
     ) from error
 
 __all__ = ["add_peft_type", "register_method"]
