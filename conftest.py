@@ -8,6 +8,10 @@ import random
 import tempfile
 from pathlib import Path
 
+# Tests that run beside each other share the cores: one thread each, in the processes they start too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

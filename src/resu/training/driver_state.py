@@ -86,7 +86,9 @@ def save(driver: Sparsifier) -> dict[str, Any]:
 def load(driver: Sparsifier, state: Mapping[str, Any]) -> None:
     """See ``Sparsifier.load_state_dict``."""
     if driver.committed:
-        raise RuntimeError("this Sparsifier holds nothing since commit(); make another one and load the state into that")
+        raise RuntimeError(
+            "this Sparsifier holds nothing since commit(); make another one and load the state into that"
+        )
     _check(driver, state)
     held = driver._held
 

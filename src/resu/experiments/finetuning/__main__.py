@@ -49,7 +49,7 @@ def jobs(given: argparse.Namespace, done: Sequence[Row], rates: Sequence[Row]) -
     found: list[Job] = []
     for task in given.tasks:
         for kind in given.kinds:
-            sizes = KINDS[kind].sizes if given.sizes is None else tuple(given.sizes)
+            sizes = KINDS[kind].sizes_for(task) if given.sizes is None else tuple(given.sizes)
             if kind == "head" and task == "stories":
                 continue  # it has none
             for size in sorted({min(sizes), max(sizes)}) if given.tune else sizes:

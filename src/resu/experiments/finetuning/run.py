@@ -69,15 +69,16 @@ class Row:
 
 
 def held_bytes() -> int:
-    """Bytes of all tensors that are alive in this process, each storage once."""
+    """Bytes of all dense tensors that are alive in this process, each storage once."""
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
         # A tensor that wraps others has a storage of the size it stands for, and holds nothing itself.
         if not issubclass(type(thing), Tensor) or is_traceable_wrapper_subclass(thing) or thing.device.type == "meta":
             continue
-        storage = thing.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if thing.layout is torch.strided:  # sparse ones are made within a step
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -137,7 +138,9 @@ def measure(task: Task, way: Way, seed: int, lr: float, *, lean: bool) -> tuple[
     model: Any = prepared.model
     model.train()
     if lean:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Its new name, and that of transformers up to 5.22; without reentry, by default and always.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     optimizers, batch = _optimizers(prepared, way, lr, in_backward=lean), task.example()
     _step(model, batch, optimizers)  # the first makes the optimizers' state
     held = held_bytes() - before

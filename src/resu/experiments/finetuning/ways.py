@@ -43,6 +43,7 @@ class Kind:
         label: As tables call it.
         apply: From a model, its task, the size and the learning rate to the model and what trains.
         sizes: What is compared; see :class:`Way`.
+        small: The same where layers are as small as those of stories260K; empty: the same.
         rates: Learning rates to choose from, on held-out data (``--tune``).
         eight_bits: Whether its optimizer keeps its state in 8 bits.
     """
@@ -52,6 +53,11 @@ class Kind:
     sizes: tuple[float, ...]
     rates: tuple[float, ...]
     eight_bits: bool = False
+    small: tuple[float, ...] = ()
+
+    def sizes_for(self, task: str) -> tuple[float, ...]:
+        """The sizes that are compared on a task."""
+        return self.small if self.small and task == "stories" else self.sizes
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ KINDS: dict[str, Kind] = {
     "qlora": Kind("LoRA over 4 bits", partial(_sparse_lora, mode="sparse_to_dense", bits=4), _RANKS, _LOW),
     "slora-dense": Kind("sparse LoRA (dense)", partial(_sparse_lora, mode="sparse_to_dense"), _LEVELS, _LOW),
     "slora-sparse": Kind("sparse LoRA (sparse)", partial(_sparse_lora, mode="sparse_to_sparse"), _LEVELS, _LOW),
-    "shira": Kind("SHiRA", partial(_adapt, make=_shira), (8, 32, 96), (3e-4, 1e-3, 3e-3)),
+    "shira": Kind("SHiRA", partial(_adapt, make=_shira), (8, 32, 96), (3e-4, 1e-3, 3e-3), small=(2, 8, 16)),
     "super": Kind("Super-Tuning", partial(_adapt, make=_super), (0.01, 0.1, 0.5), (3e-4, 1e-3, 3e-3)),
     "resu": Kind("RESU", partial(_adapt, make=_resu), _LEVELS, _THETA),
     "qresu8": Kind("QRESU 8 bits", partial(_resurrect, bits=8), _LEVELS, _THETA, True),
