@@ -138,7 +138,7 @@ def measure(task: Task, way: Way, seed: int, lr: float, *, lean: bool) -> tuple[
     model: Any = prepared.model
     model.train()
     if lean:
-        # Its new name, and that of transformers up to 5.22; without reentry, by default and always.
+        # Its new name, or that of transformers before 5.23.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     optimizers, batch = _optimizers(prepared, way, lr, in_backward=lean), task.example()
