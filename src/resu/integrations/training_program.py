@@ -21,6 +21,7 @@ from resu.modules.dry_layers import dry_lora, enter_dry
 from resu.modules.settings import RESUMode
 from resu.pruning.sparse_lora import SparseLoRAConfig, apply_sparse_lora
 from resu.pruning.targets import pruning_targets
+from resu.training.adamw8bit import BLOCK, CHUNK, AdamW8bit
 from resu.training.update_in_backward import optimizer_in_backward
 
 __all__ = ["METHODS", "OPTIMIZERS", "Setup", "read_config", "training_program"]
@@ -37,6 +38,8 @@ METHODS = {
     "qresu4": "QRESU, 4 bits",
     "qresu-selective": "QRESU-Selective, 4 bits",
 }
+# Float32 values that AdamW8bit needs at a time for each of a part, as measured.
+_BESIDE = 12
 OPTIMIZERS = ("adamw", "adam", "adam8bit", "adafactor", "momentum", "sgd", "none")
 _MODES = {"resu": RESUMode.RESU, "qresu-selective": RESUMode.QRESU_SELECTIVE}
 
@@ -118,7 +121,7 @@ def training_program(config: Any, setup: Setup, *, dry: bool = False) -> tuple[n
         ``(model, step)``.
 
     Raises:
-        ImportError: If ``lora`` is asked for without PEFT, or ``adam8bit`` (not dry) without torchao.
+        ImportError: If ``lora`` is asked for without PEFT.
         ValueError: If the model has no weights that the method acts on, or takes fewer tokens.
     """
     limit = getattr(config, "max_position_embeddings", None)
@@ -235,37 +238,25 @@ def _optimizer(trained: list[nn.Parameter], setup: Setup, dry: bool) -> Optimize
         "adafactor": torch.optim.Adafactor,
         "momentum": lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9),
         "sgd": lambda groups: torch.optim.SGD(groups, lr=1e-3),
-        "adam8bit": _DryAdam8bit if dry else _adam8bit,
+        "adam8bit": _DryAdam8bit if dry else lambda groups: AdamW8bit(groups, weight_decay=decay),
     }
     factory = factories[setup.optimizer]
     return optimizer_in_backward(trained, factory) if setup.in_backward else factory(trained)
 
 
-def _adam8bit(groups: Any) -> Optimizer:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it says when it is loaded is not ours
-        from torchao.optim import AdamW8bit
-    made: Optimizer = AdamW8bit(groups)
-    return made
-
-
 class _DryAdam8bit(Optimizer):
-    """What torchao's ``AdamW8bit`` holds: 8-bit codes where a tensor has whole blocks of 256, else the dtype's own."""
+    """What :class:`~resu.training.adamw8bit.AdamW8bit` holds, without its many small operators on parts of weights."""
 
     def __init__(self, groups: Any) -> None:
         super().__init__(groups, {})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Make the state; compiled, the step needs nothing beside it."""
+        """Make the state, and what one part of a weight needs beside it."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None or p in self.state:
+                if p.grad is None:
                     continue
-                blocks, rest = divmod(p.numel(), 256)
-                low = p.numel() >= 4096 and not rest
-                for name in ("exp_avg", "exp_avg_sq"):
-                    self.state[p][name] = torch.zeros_like(p, dtype=torch.uint8 if low else p.dtype)
-                    if low:
-                        self.state[p][f"{name} scale"] = torch.zeros(blocks)
-                        self.state[p][f"{name} map"] = torch.zeros(256)
-                self.state[p]["step"] = torch.zeros(())
+                torch.empty(_BESIDE, min(p.numel(), CHUNK))
+                for name in ("exp_avg", "exp_avg_sq") if p not in self.state else ():
+                    self.state[p][name] = torch.zeros(p.shape, dtype=torch.uint8)
+                    self.state[p][f"{name}_scale"] = torch.zeros(-(-p.numel() // BLOCK))

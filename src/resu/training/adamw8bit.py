@@ -22,12 +22,12 @@ from torch.optim import Optimizer
 from resu.core.randomness import derived_seed
 from resu.core.sharding import is_sharded
 
-__all__ = ["BLOCK", "AdamW8bit", "dequantize_moment", "quantize_moment"]
+__all__ = ["BLOCK", "CHUNK", "AdamW8bit", "dequantize_moment", "quantize_moment"]
 
 #: Values that share a scale.
 BLOCK = 256
-# Values handled at a time, so that what a step needs beside the state stays small, and in the processor's cache.
-_CHUNK = 1 << 16
+#: Values handled at a time, so that what a step needs beside the state stays small, and in the processor's cache.
+CHUNK = 1 << 16
 # What is drawn for one step, by device: every part of every parameter uses the same. Parts are rounded alike then, and
 # each value still keeps its mean.
 _drawn: dict[torch.device, tuple[tuple[int, int], Tensor]] = {}
@@ -174,8 +174,8 @@ class AdamW8bit(Optimizer):
         flat_grad = grad.reshape(-1)
         first, second = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         noise = _noise(self._seed, state["step"], parameter.device)
-        for start in range(0, flat.numel(), _CHUNK):
-            part, blocks = slice(start, start + _CHUNK), slice(start // BLOCK, (start + _CHUNK) // BLOCK)
+        for start in range(0, flat.numel(), CHUNK):
+            part, blocks = slice(start, start + CHUNK), slice(start // BLOCK, (start + CHUNK) // BLOCK)
             pair = state["exp_avg_scale"][blocks], state["exp_avg_sq_scale"][blocks]
             values = flat[part].to(torch.float32, copy=True)
             _adamw(values, flat_grad[part].float(), first[part], second[part], pair, state["step"], group, noise[:2])
@@ -212,9 +212,11 @@ def _noise(seed: int, step: int, device: torch.device) -> Tensor:
     """Uniform in [0, 1), float32 ``[3, 65536]``: for the first moment, the second, and bfloat16 parameters."""
     known = _drawn.get(device)
     if known is None or known[0] != (seed, step):
+        known = None
+        _drawn.pop(device, None)  # before the next is made
         generator = torch.Generator(device)
         generator.manual_seed(derived_seed(seed, step))
-        known = _drawn[device] = (seed, step), torch.rand(3, _CHUNK, generator=generator, device=device)
+        known = _drawn[device] = (seed, step), torch.rand(3, CHUNK, generator=generator, device=device)
     return known[1]
 
 
