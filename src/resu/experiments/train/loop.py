@@ -104,7 +104,7 @@ def _train(
             measure = _due(state.step, every.evaluate_every) or (last and every.evaluate_every > 0)
             if measure or last or _due(state.step, every.every):
                 logs.add(_entry(state, data, lr, measure, on_event))
-            if interrupts.due(state.step) and not last:
+            if interrupts.stops(state.step) and not last:
                 state.save(out / CHECKPOINT)
                 raise Interrupted(f"stopped after step {state.step} of {state.steps}")
             if _due(state.step, every.checkpoint_every) and not last:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-import signal
-import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from resu.core.interrupts import Interrupted, Listener
 from resu.core.io import replacing
 from resu.core.peak_memory import MemoryUse, measure_memory
 from resu.modules.memory import MemoryReport, memory_report
@@ -24,55 +21,34 @@ from resu.training.wrappers import plain_optimizer
 
 __all__ = ["Interrupted", "Interrupts", "LogFile", "MemoryWatch", "ShownProgress"]
 
-# Processes must stop after the same step, which takes a word between them; not at each step, for it costs time.
-_ASK_EVERY = 8
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was stopped and has left a checkpoint."""
-
 
 class Interrupts(TrainerCallback):
-    """Ctrl-C and SIGTERM: a checkpoint after the present step, then an end. A second one, a second later, acts at once.
-
-    As a context it listens; elsewhere than in the main thread, where Python allows no handlers, it hears nothing.
-    """
+    """Ctrl-C and SIGTERM: a checkpoint after the present step, then an end. It listens as a context."""
 
     def __init__(self) -> None:
-        self._heard_at: float | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self.listener = Listener()
         self.stopped_at: int | None = None
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._hear)
+        self.listener.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._heard_at is None:
-            self._heard_at = time.monotonic()
-        elif time.monotonic() - self._heard_at > 1.0:
-            raise KeyboardInterrupt
+        self.listener.__exit__(*error)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop here if asked to."""
-        if state.global_step < state.max_steps and self._due(args, state.global_step):
+
+        def anyone(heard: bool) -> bool:
+            told = torch.tensor(float(heard), device=args.device)
+            torch.distributed.all_reduce(told)
+            return bool(told)
+
+        if state.global_step < state.max_steps and self.listener.due(
+            state.global_step, None if args.world_size == 1 else anyone
+        ):
             control.should_save = control.should_training_stop = True
             self.stopped_at = state.global_step
-
-    def _due(self, args: Any, step: int) -> bool:
-        if args.world_size == 1:
-            return self._heard_at is not None
-        if step % _ASK_EVERY:
-            return False
-        heard = torch.tensor(float(self._heard_at is not None), device=args.device)
-        torch.distributed.all_reduce(heard)
-        return bool(heard)
 
 
 class ShownProgress(TrainerCallback):
