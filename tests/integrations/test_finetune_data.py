@@ -74,6 +74,7 @@ def test_the_sentence_sets_of_the_data_folder(data_folder) -> None:
         ("a.jsonl", '{"text": "x"}', r'line 1 of .* is not like \{"text": "…", "label": "…"\}'),
         ("a.jsonl", "{", r"line 1 of .* is no JSON"),
         ("a.csv", "only one\n", r"line 1 of .* has no text and label"),
+        ("a.csv", "sentence,label\nx,1\n", r"the columns of .* are sentence, label; they must be named text and label"),
         ("a.csv", 'x,"y\n', r"line 1 of .* cannot be read"),
         ("a.txt", "\n", r"a.txt holds no text"),
         ("a.txt.xz", "not xz", r"is damaged, or no xz"),

@@ -82,6 +82,23 @@ def stopping(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(run_file, "Interrupts", Early)
 
 
+def test_labels_that_do_not_fit_are_named(place: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.txt"
+    one.write_text((place / "train.txt").read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"one label only|too few|at least"):
+        finetune(settings(place, kind="bert", data=one, validation=None), tmp_path / "a")
+    finetune(settings(place, "full", "bert", steps=1), tmp_path / "tuned")
+    other = tmp_path / "other.txt"
+    lines = [line.split(" ", 1) for line in (place / "train.txt").read_text().splitlines()]
+    other.write_text("".join(f"new{label} {text}\n" for label, text in lines))
+    with pytest.raises(ValueError, match="labels that the training data does not have: new"):
+        finetune(settings(place, kind="bert", validation=other), tmp_path / "b")
+    again = settings(place, "full", "bert", source=tmp_path / "tuned", data=other, validation=other)
+    with pytest.raises(ValueError, match="the model's head was made for the classes"):
+        finetune(again, tmp_path / "c")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.txt", "other.txt", "tuned"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_stopped_anywhere_equals_the_uninterrupted_one(
     place: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch

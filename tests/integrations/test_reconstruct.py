@@ -83,6 +83,8 @@ def test_theta_leaves_a_dense_model_and_active_weights_as_they_were(stories, hal
     )
     assert report["actual"] == 0
     assert not (tmp_path / "out" / "masks.safetensors").exists()
+    assert report["layers"] == []
+    assert validate(tmp_path / "out")["ok"]
     before, after = Shards.open(half), Shards.open(tmp_path / "out")
     for name, mask in load_mask(half / "masks.safetensors")[0].items():
         assert torch.equal(before.read(name)[mask], after.read(name)[mask])

@@ -104,7 +104,10 @@ def command(
     clip: Annotated[float, _option(_TRAIN, "Largest norm of the gradient; 0: none.")] = 1.0,
     optimizer: Annotated[str, _option(_TRAIN, "adamw, adamw8bit, adafactor or sgd.")] = "adamw",
     in_backward: Annotated[
-        bool, _option(_TRAIN, "Update each weight as its gradient arrives (--clip 0).", "--update-in-backward")
+        bool,
+        _option(
+            _TRAIN, "Update each weight as its gradient arrives (--clip 0).", "--update-in-backward", "--in-backward"
+        ),
     ] = False,
     dtype: Annotated[str | None, _option(_TRAIN, "Of the weights; left out: as stored.")] = None,
     bf16: Annotated[bool, _option(_TRAIN, "Multiply in bfloat16 (autocast).", "--bf16")] = False,

@@ -55,7 +55,9 @@ def command(
     sparsity: Annotated[str, typer.Option(metavar="FLOAT", help="Fraction of the weights removed, in [0, 1).")] = "0.5",
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "float32",
-    theta_dtype: Annotated[str, typer.Option(help="Of θ in the quantized modes.")] = "bfloat16",
+    theta_dtype: Annotated[
+        str | None, typer.Option(help="Of θ in the quantized modes; with --batch --dtype, else bfloat16.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory there is, such as 16GB: says what fits.")
     ] = None,
@@ -72,7 +74,10 @@ def command(
         bool, typer.Option("--gradient-checkpointing", help="With --batch: compute activations twice.")
     ] = False,
     in_backward: Annotated[
-        bool, typer.Option("--in-backward", help="With --batch: update each weight as its gradient arrives.")
+        bool,
+        typer.Option(
+            "--in-backward", "--update-in-backward", help="With --batch: update each weight as its gradient arrives."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -84,6 +89,8 @@ def command(
     With --config and --batch, whole fine-tuning steps of the model are planned instead, by method: activations and
     temporaries too. The step is followed without weights and without running it (needs transformers).
     """
+    optimizer = "adam8bit" if optimizer == "adamw8bit" else optimizer  # as resu finetune calls it
+    theta_dtype = theta_dtype or ("bfloat16" if batch is None else dtype)
     if batch is not None:
         from resu.cli._plan_step import plan_steps
 

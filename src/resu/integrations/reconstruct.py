@@ -189,17 +189,19 @@ def _report(pruned: Path, masks: Mapping[str, SparseMask], reconstruction: dict[
     file = pruned / _REPORT
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     dense = reconstruction["train"] == "theta"
+    if dense:  # nothing is pruned any more
+        before = {**before, "sparsity": 0.0, "total": 0.0} | ({"pattern": None} if "pattern" in before else {})
     layers = [
         {
             "name": name,
             "shape": list(mask.shape),
-            "kept": mask.numel if dense else mask.n_active,
+            "kept": mask.n_active,
             "numel": mask.numel,
-            "sparsity": 0.0 if dense else mask.sparsity,
+            "sparsity": mask.sparsity,
         }
-        for name, mask in masks.items()
+        for name, mask in ({} if dense else masks).items()
     ]
-    known = {} if dense else {row["name"]: row for row in before.get("layers", [])}
+    known = {row["name"]: row for row in before.get("layers", [])}
     # Of what is said of a layer, only its errors are no longer true.
     rows = [{**{k: v for k, v in known.get(r["name"], {}).items() if not k.startswith("error")}, **r} for r in layers]
     return {

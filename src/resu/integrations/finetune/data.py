@@ -109,8 +109,14 @@ def _of_table(content: str, delimiter: str, path: Path) -> list[tuple[str, str]]
     columns = (0, 1)
     try:
         for first, row in enumerate(row for row in rows if row):
-            if not first and {"text", "label"} <= set(row):
-                columns = (row.index("text"), row.index("label"))
+            names = [cell.strip().lower() for cell in row]
+            if not first and {"text", "label"} <= set(names):
+                columns = (names.index("text"), names.index("label"))
+            elif not first and {"text", "label"} & set(names):
+                raise ValueError(
+                    f"the columns of {path} are {', '.join(row[:8])}; they must be named text and label (others may "
+                    "stand beside them), or there is no header and they come in this order"
+                )
             elif len(row) <= max(columns):
                 raise ValueError(f"line {rows.line_num} of {path} has no text and label")
             else:

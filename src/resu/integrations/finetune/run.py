@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,9 @@ class _Job:
         names: list[str] = []
         if train.labels is not None:
             known = check_directory(config.source).get("label2id")
-            names = label_names([*train.labels, *(held_out.labels or [])], known, config.data)
+            labels = train.labels if config.validation is not None else [*train.labels, *(held_out.labels or [])]
+            names = label_names(labels, known, config.data)
+            _check_head(names, known)
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         loaded = load_for_task(config.source, config.task, names=names, dtype=dtype, seed=config.seed)
         length = usual_length(loaded.tokenizer, loaded.model, config.length)
@@ -262,12 +264,22 @@ def _examples(config: FinetuneConfig, labelled: bool) -> tuple[Examples, Example
     examples = read_examples(config.data, **options)
     if config.validation is not None:
         return examples, read_examples(config.validation, **options)
-    if len(examples) > 1:
+    if len(examples) > 1 or examples.labels is not None:
         return split(examples, config.validation_share, config.seed)
     text = examples.texts[0]
     at = len(text) - max(1, round(len(text) * config.validation_share))
     at = text.find("\n", at) + 1 or at  # no line is cut, where there are lines
     return Examples([text[:at]]), Examples([text[at:]])
+
+
+def _check_head(names: list[str], known: Mapping[str, int] | None) -> None:
+    """Refuse a head made for as many other classes: it would be taken over, its rows meaning something else."""
+    other = [] if known is None else [name for name in known if not name.startswith("LABEL_")]
+    if len(other) == len(names) and set(other) != set(names):
+        raise ValueError(
+            f"the model's head was made for the classes {', '.join(other[:8])}, the data has {', '.join(names[:8])}; "
+            "rename the labels, or remove id2label and label2id from config.json to train this head on other classes"
+        )
 
 
 def _text(path: Path | None) -> str | None:
