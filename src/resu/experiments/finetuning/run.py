@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +74,12 @@ def held_bytes() -> int:
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
         # A tensor that wraps others has a storage of the size it stands for, and holds nothing itself.
-        if not issubclass(type(thing), Tensor) or is_traceable_wrapper_subclass(thing) or thing.device.type == "meta":
+        if not issubclass(type(thing), Tensor) or is_traceable_wrapper_subclass(thing):
             continue
         if thing.layout is torch.strided:  # sparse ones are made within a step
             storage = thing.untyped_storage()
-            with suppress(RuntimeError):  # a fake one, of a dry run
-                storages[storage.data_ptr()] = storage.nbytes()
+            if storage.device.type != "meta":  # where those of a dry run are, whatever their tensors say
+                storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
 
