@@ -55,11 +55,10 @@ def jobs(given: argparse.Namespace, done: Sequence[Row], rates: Sequence[Row]) -
             for size in sorted({min(sizes), max(sizes)}) if given.tune else sizes:
                 way = Way(kind, size)
                 if given.tune:
-                    tries = [(0, lr, "dev") for lr in KINDS[kind].rates]
                     found += [
-                        (task, way, seed, given.steps, lr, part, False)
-                        for seed, lr, part in tries
-                        if (task, kind, size, seed, part, lr) not in known
+                        (task, way, 0, given.steps, lr, "dev", False)
+                        for lr in KINDS[kind].rates
+                        if (task, kind, size, 0, "dev", lr) not in known
                     ]
                     continue
                 lr = rate(rates, task, way)
