@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,22 +149,9 @@ def test_the_command_goes_on_where_it_stopped(stories: Task, tmp_path: Path) -> 
     main([*common, "--tune", "--csv", str(tuning), "--sizes", "2"])
     assert [one.lr for one in read(tuning, Row)] == list(KINDS["lora"].rates)
     append(rows, row(task="stories", size=2.0, seed=3, metric="loss"))
-    main(
-        [
-            *common,
-            "--csv",
-            str(rows),
-            "--rates",
-            str(tuning),
-            "--seeds",
-            "3",
-            "4",
-            "--sizes",
-            "2",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+    given = f"--csv {rows} --rates {tuning} --seeds 3 4 --sizes 2 --jobs 2 --out {tmp_path}"
+    # As a person runs it: processes of its own find the work by the name of its module.
+    subprocess.run([sys.executable, "-m", "resu.experiments.finetuning", *common, *given.split()], check=True)
     assert [one.seed for one in read(rows, Row)] == [3, 4]
     assert "stories260K" in (tmp_path / "finetuning_front.md").read_text()
     assert (tmp_path / "finetuning_front.png").read_bytes()[:4] == b"\x89PNG"
