@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--device", default="cpu", help="where to train, cpu or cuda; memory is measured there")
     parser.add_argument("--out", type=Path, help="folder for finetuning_front.md and .png, written over")
     given = parser.parse_args(arguments)
     if not given.tune and given.rates is None:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     todo = jobs(given, read(given.csv, Row), rates)
     print(f"{len(todo)} runs", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        shared = (given.data, Path(folder), given.csv)
+        shared = (given.data, Path(folder), given.csv, given.device)
         for name in given.tasks:  # files that runs share are made once
             if todo:
                 load_task(name, given.data, Path(folder))

@@ -45,9 +45,10 @@ class Row:
         state_bytes: Held between steps: weights, codes, masks, θ, adapters, optimizer state.
         peak_bytes: The most that was held during a step on the example batch.
         lean_bytes: The same with gradient checkpointing, and with updates in the backward pass.
-        seconds: Of training, processor time of one thread.
+        seconds: Of training, processor time of one thread (of the host, on a GPU).
         torch: Its version.
         resu: The version of this library.
+        device: Where it ran and memory was measured.
     """
 
     task: str
@@ -66,11 +67,13 @@ class Row:
     seconds: float
     torch: str
     resu: str
+    device: str = "cpu"
 
 
-def held_bytes() -> int:
-    """Bytes of all dense tensors that are alive in this process, each storage once."""
+def held_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes of all dense tensors that are alive in this process on a kind of device, each storage once."""
     gc.collect()
+    kind = torch.device(device).type  # not "meta", where those of a dry run are, whatever their tensors say
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
         # A tensor that wraps others has a storage of the size it stands for, and holds nothing itself.
@@ -78,7 +81,7 @@ def held_bytes() -> int:
             continue
         if thing.layout is torch.strided:  # sparse ones are made within a step
             storage = thing.untyped_storage()
-            if storage.device.type != "meta":  # where those of a dry run are, whatever their tensors say
+            if storage.device.type == kind:
                 storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
@@ -87,11 +90,15 @@ def _optimizers(prepared: Prepared, way: Way, lr: float, *, in_backward: bool = 
     """One for what the way trains, one for the head, neither with weight decay."""
 
     def theta(parameters: Any) -> Optimizer:
-        make = AdamW8bit if KINDS[way.kind].eight_bits else torch.optim.AdamW
-        return make(parameters, lr=lr, weight_decay=0.0)
+        if KINDS[way.kind].eight_bits:
+            return AdamW8bit(parameters, lr=lr, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=fused)
 
     def head(parameters: Any) -> Optimizer:
-        return torch.optim.AdamW(parameters, lr=HEAD_LR, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=HEAD_LR, weight_decay=0.0, fused=fused)
+
+    # On CUDA the default works on all parameters at once and holds as much again for it.
+    fused = any(p.is_cuda for p in (*prepared.adapter, *prepared.head)) or None
 
     pairs = [(ps, make) for ps, make in ((prepared.adapter, theta), (prepared.head, head)) if ps]
     return [optimizer_in_backward(ps, make) if in_backward else make(ps) for ps, make in pairs]
@@ -134,7 +141,7 @@ def measure(task: Task, way: Way, seed: int, lr: float, *, lean: bool) -> tuple[
         lr: The learning rate.
         lean: With gradient checkpointing, and updates in the backward pass.
     """
-    before = held_bytes()
+    before = held_bytes(task.device)
     prepared = prepare(task.model(seed), task, way, lr)
     model: Any = prepared.model
     model.train()
@@ -144,8 +151,8 @@ def measure(task: Task, way: Way, seed: int, lr: float, *, lean: bool) -> tuple[
         enable({"use_reentrant": False})
     optimizers, batch = _optimizers(prepared, way, lr, in_backward=lean), task.example()
     _step(model, batch, optimizers)  # the first makes the optimizers' state
-    held = held_bytes() - before
-    with measure_memory() as used:
+    held = held_bytes(task.device) - before
+    with measure_memory(task.device) as used:
         _step(model, batch, optimizers)
     return held, held + used.peak
 
@@ -197,4 +204,5 @@ def run(task: Task, way: Way, seed: int, steps: int, lr: float, part: str, *, me
         seconds=round(seconds, 2),
         torch=torch.__version__,
         resu=__version__,
+        device=torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else task.device.type,
     )

@@ -19,17 +19,17 @@ Job = tuple[str, Way, int, int, float, str, bool]
 
 
 @cache
-def _task(name: str, data: Path, folder: Path) -> Task:
-    return load_task(name, data, folder)
+def _task(name: str, data: Path, folder: Path, device: str) -> Task:
+    return load_task(name, data, folder, device)
 
 
-def one(shared: tuple[Path, Path, Path], *job: object) -> None:
+def one(shared: tuple[Path, Path, Path, str], *job: object) -> None:
     """A run in a process of its own; its row goes out at once."""
-    data, folder, csv = shared
+    data, folder, csv, device = shared
     name, way, seed, steps, lr, part, measured = job
     assert isinstance(name, str)
     assert isinstance(way, Way)
-    task = _task(name, data, folder)
+    task = _task(name, data, folder, device)
     row = run(task, way, int(str(seed)), int(str(steps)), float(str(lr)), str(part), measured=bool(measured))
     append(csv, row)
 

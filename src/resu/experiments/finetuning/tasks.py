@@ -33,6 +33,7 @@ class Task:
         batches: From a seed and a number: training batches, without end until as many are drawn.
         evaluate: From a model and ``"dev"`` or ``"test"``.
         example: A batch of the largest size, for measuring memory.
+        device: Where its models and batches are.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     batches: Callable[[int, int], Iterator[Batch]]
     evaluate: Callable[[nn.Module, str], float]
     example: Callable[[], Batch]
+    device: torch.device
 
     @property
     def higher_is_better(self) -> bool:
@@ -79,7 +81,7 @@ def _parts(data: Path, name: str) -> dict[str, tuple[list[str], list[int]]]:
     return parts
 
 
-def _classification(name: str, data: Path) -> Task:
+def _classification(name: str, data: Path, device: torch.device) -> Task:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -92,12 +94,12 @@ def _classification(name: str, data: Path) -> Task:
 
     def encode(texts: Sequence[str], labels: Sequence[int]) -> Batch:
         batch = dict(tokenizer(list(texts), padding=True, truncation=True, max_length=_LENGTH, return_tensors="pt"))
-        return {**batch, "labels": torch.tensor(labels)}
+        return _on(device, {**batch, "labels": torch.tensor(labels)})
 
     def model(seed: int) -> Any:
         torch.manual_seed(seed)
         logging.set_verbosity_error()  # the head is new, as it should be
-        return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=classes)
+        return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=classes).to(device)
 
     def batches(seed: int, count: int) -> Iterator[Batch]:
         texts, labels = parts["train"]
@@ -119,13 +121,13 @@ def _classification(name: str, data: Path) -> Task:
     def example() -> Batch:
         ids = torch.randint(1000, 20000, (_BATCH, _LENGTH), generator=torch.Generator().manual_seed(0))
         labels = torch.arange(_BATCH) % classes
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return _on(device, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
 
     outside = ("bert.pooler.dense", "classifier")
-    return Task(name, "accuracy", model, outside, ("pooler", "classifier"), batches, evaluate, example)
+    return Task(name, "accuracy", model, outside, ("pooler", "classifier"), batches, evaluate, example, device)
 
 
-def _language(data: Path, folder: Path) -> Task:
+def _language(data: Path, folder: Path, device: torch.device) -> Task:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = folder / "stories260K"
@@ -142,27 +144,32 @@ def _language(data: Path, folder: Path) -> Task:
     tokens = {part: torch.tensor(tokenizer(some)["input_ids"]) for part, some in parts.items()}
 
     def model(seed: int) -> Any:
-        return AutoModelForCausalLM.from_pretrained(directory)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory)
+        return loaded.to(device)
 
     def batches(seed: int, count: int) -> Iterator[Batch]:
         train = tokens["train"]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
             starts = torch.randint(0, len(train) - _CONTEXT, (_LM_BATCH,), generator=generator)
-            ids = torch.stack([train[start : start + _CONTEXT] for start in starts.tolist()])
+            ids = torch.stack([train[start : start + _CONTEXT] for start in starts.tolist()]).to(device)
             yield {"input_ids": ids, "labels": ids}
 
     @torch.inference_mode()
     def evaluate(network: nn.Module, part: str) -> float:
         network.eval()
-        windows = tokens[part][: _WINDOWS * _CONTEXT].view(-1, _CONTEXT)
+        windows = tokens[part][: _WINDOWS * _CONTEXT].view(-1, _CONTEXT).to(device)
         losses = [float(network(input_ids=some, labels=some).loss) for some in windows.split(16)]
         return sum(losses) / len(losses)
 
     def example() -> Batch:
         return next(batches(0, 1))
 
-    return Task("stories", "loss", model, (), (), batches, evaluate, example)
+    return Task("stories", "loss", model, (), (), batches, evaluate, example, device)
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return {name: part.to(device) for name, part in batch.items()}
 
 
 def _draws(total: int, size: int, count: int, seed: int) -> Iterator[list[int]]:
@@ -175,20 +182,21 @@ def _draws(total: int, size: int, count: int, seed: int) -> Iterator[list[int]]:
         yield [order.pop() for _ in range(size)]
 
 
-def load_task(name: str, data: Path, folder: Path) -> Task:
+def load_task(name: str, data: Path, folder: Path, device: torch.device | str = "cpu") -> Task:
     """A task by its name.
 
     Args:
         name: One of :data:`TASKS`.
         data: The folder of data sets.
         folder: For files made on the way.
+        device: Where it is learned.
 
     Raises:
         DataError: If something is absent.
         ValueError: On an unknown name.
     """
     if name in _SENTENCES:
-        return _classification(name, data)
+        return _classification(name, data, torch.device(device))
     if name == "stories":
-        return _language(data, folder)
+        return _language(data, folder, torch.device(device))
     raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
