@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-__all__ = ["CHUNK", "count_bits", "pack_bits", "rows_of", "unpack_bits"]
+__all__ = ["CHUNK", "chunk_on", "count_bits", "pack_bits", "rows_of", "unpack_bits"]
 
 # Eight 0/1 bytes b0..b7 read as one little-endian int64, times this constant, have
 # b0 + 2*b1 + … + 128*b7 in their top byte: packing without a temporary per bit.
@@ -19,6 +19,11 @@ _EXPAND: dict[torch.device, Tensor] = {}
 # Weights handled at a time by loops over rows: what they need beside the weight stays in the second-level
 # cache.
 CHUNK = 1 << 18
+
+
+def chunk_on(device: torch.device, cached: int = CHUNK) -> int:
+    """Values handled at a time on a kind of device: ``cached`` on the CPU, more where each part costs launches."""
+    return cached if device.type == "cpu" else 16 * cached
 
 
 def rows_of(shape: Sequence[int]) -> tuple[int, int]:

@@ -15,8 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from resu.core.bits import chunk_on, unpack_bits
 from resu.core.counting import positions
-from resu.core.mask import CHUNK, SparseMask, unpack_bits
+from resu.core.mask import SparseMask
 from resu.core.quantization import offsets, unpack_codes
 
 __all__ = [
@@ -39,7 +40,7 @@ def _as_rows(mask: SparseMask) -> tuple[int, int]:
 def _chunks(mask: SparseMask, active: bool) -> Iterator[tuple[int, int, Tensor]]:
     """``(first, last, indices inside)`` of flat chunks; indices of active or of pruned positions."""
     rows, columns = _as_rows(mask)
-    step = max(1, CHUNK // max(columns, 1))
+    step = max(1, chunk_on(mask.packed.device) // max(columns, 1))
     for r0 in range(0, rows, step):
         r1 = min(r0 + step, rows)
         bits = unpack_bits(mask.packed[r0:r1], (r1 - r0, columns))
@@ -135,7 +136,7 @@ def active_checksum(weight: Tensor, mask: SparseMask) -> tuple[int, int]:
     word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     rows, columns = _as_rows(mask)
     flat = weight.detach().contiguous().view(word).view(rows, columns)
-    step = max(1, CHUNK // max(columns, 1))
+    step = max(1, chunk_on(weight.device) // max(columns, 1))
     plain = torch.zeros((), dtype=torch.int64, device=weight.device)
     weighted = plain.clone()
     for r0 in range(0, rows, step):
@@ -154,7 +155,7 @@ def row_offsets(mask: SparseMask) -> Tensor:
     """
     rows, columns = _as_rows(mask)
     counts = torch.zeros(rows + 1, dtype=torch.int64)
-    step = max(1, CHUNK // max(columns, 1))
+    step = max(1, chunk_on(mask.packed.device) // max(columns, 1))
     for r0 in range(0, rows, step):
         r1 = min(r0 + step, rows)
         bits = unpack_bits(mask.packed[r0:r1], (r1 - r0, columns))
@@ -210,7 +211,7 @@ class PackedRows:
             holes: If given, ``(flat start of the chunk in out, start in theta, indices in the chunk)`` is
                 appended per chunk, for :meth:`collect`.
         """
-        step = max(1, CHUNK // max(self.columns, 1))
+        step = max(1, chunk_on(self.bitmask.device) // max(self.columns, 1))
         direct = out.dtype == self.scale.dtype
         shift = offsets(self.scale, self.zero)
         for a in range(r0, r1, step):
@@ -241,7 +242,7 @@ class PackedRows:
 
     def holes(self, r0: int, r1: int, holes: list[tuple[int, int, Tensor]]) -> None:
         """Append what :meth:`assemble` would, without assembling."""
-        step = max(1, CHUNK // max(self.columns, 1))
+        step = max(1, chunk_on(self.bitmask.device) // max(self.columns, 1))
         for a in range(r0, r1, step):
             b = min(a + step, r1)
             bits = unpack_bits(self.bitmask[a:b], (b - a, self.columns))

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resu.core.bits import chunk_on
 from resu.core.counting import positions, top_k_mask
 
 __all__ = [
@@ -175,8 +176,9 @@ def selective_update_(
     grad = grad.to(m.dtype)
     n = grad.numel()
     stability = torch.empty_like(grad)
-    for start in range(0, n, _CHUNK):  # several passes over values that stay in the cache
-        part = slice(start, start + _CHUNK)
+    size = chunk_on(grad.device, _CHUNK)  # several passes over values that stay in the cache
+    for start in range(0, n, size):
+        part = slice(start, start + size)
         update_averages_(m[part], v[part], grad[part], config.beta)
         stability[part] = consistency(m[part], v[part], config.delta)
     index = select(grad, stability, config)

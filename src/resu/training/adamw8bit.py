@@ -138,7 +138,9 @@ class AdamW8bit(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; in parts of 2¹⁶ values, so that beside the state it needs about three megabytes."""
+        """One update; in parts of 2¹⁶ values (2¹⁸ on accelerators), so that beside the state it needs about three
+        megabytes (twelve).
+        """
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,8 +176,9 @@ class AdamW8bit(Optimizer):
         flat_grad = grad.reshape(-1)
         first, second = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         noise = _noise(self._seed, state["step"], parameter.device)
-        for start in range(0, flat.numel(), CHUNK):
-            part, blocks = slice(start, start + CHUNK), slice(start // BLOCK, (start + CHUNK) // BLOCK)
+        size = noise.shape[1]
+        for start in range(0, flat.numel(), size):
+            part, blocks = slice(start, start + size), slice(start // BLOCK, (start + size) // BLOCK)
             pair = state["exp_avg_scale"][blocks], state["exp_avg_sq_scale"][blocks]
             values = flat[part].to(torch.float32, copy=True)
             _adamw(values, flat_grad[part].float(), first[part], second[part], pair, state["step"], group, noise[:2])
@@ -209,14 +212,20 @@ def _adamw(
 
 
 def _noise(seed: int, step: int, device: torch.device) -> Tensor:
-    """Uniform in [0, 1), float32 ``[3, 65536]``: for the first moment, the second, and bfloat16 parameters."""
+    """Uniform in [0, 1), float32 ``[3, n]``: for the first moment, the second, and bfloat16 parameters.
+
+    ``n`` is :data:`CHUNK`, and four times that where each part costs launches.
+    """
     known = _drawn.get(device)
     if known is None or known[0] != (seed, step):
         known = None
         _drawn.pop(device, None)  # before the next is made
         generator = torch.Generator(device)
         generator.manual_seed(derived_seed(seed, step))
-        known = _drawn[device] = (seed, step), torch.rand(3, CHUNK, generator=generator, device=device)
+        known = _drawn[device] = (
+            (seed, step),
+            torch.rand(3, chunk_on(device, CHUNK), generator=generator, device=device),
+        )
     return known[1]
 
 
