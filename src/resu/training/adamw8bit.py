@@ -222,10 +222,8 @@ def _noise(seed: int, step: int, device: torch.device) -> Tensor:
         _drawn.pop(device, None)  # before the next is made
         generator = torch.Generator(device)
         generator.manual_seed(derived_seed(seed, step))
-        known = _drawn[device] = (
-            (seed, step),
-            torch.rand(3, chunk_on(device, CHUNK), generator=generator, device=device),
-        )
+        size = CHUNK if device.type == "cpu" else 4 * CHUNK
+        known = _drawn[device] = (seed, step), torch.rand(3, size, generator=generator, device=device)
     return known[1]
 
 
