@@ -159,7 +159,7 @@ def _super(share: float) -> Any:
 
 _LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _RANKS = (2, 8, 32)
-_FULL, _LOW, _THETA = (3e-5, 1e-4, 3e-4), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+_FULL, _LOW, _THETA = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
 KINDS: dict[str, Kind] = {
     "full": Kind("full fine-tuning", _all, (0.0,), _FULL),
     "head": Kind("head alone", _nothing, (0.0,), (0.0,)),
