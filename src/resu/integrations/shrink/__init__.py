@@ -1,0 +1,1 @@
+"""Transformers made smaller: heads, feed-forward width and depth removed for real."""

@@ -1,0 +1,110 @@
+"""Models that were made smaller, loaded again: by their configuration, and by ours where it cannot say the sizes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resu.core.io import FileFormatError
+from resu.core.shards import Shards
+from resu.integrations.hf import check_directory, load_tokenizer, model_class, quiet, widest_dtype
+from resu.integrations.shrink.sizes import KEY, shrunk_class
+
+__all__ = ["load_pair", "load_shrunk", "loadable_class"]
+
+
+def load_shrunk(
+    directory: str | os.PathLike[str],
+    kind: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Any:
+    """A model that ``resu shrink`` wrote, whether its architecture can be told its sizes or not.
+
+    transformers computes the size of a head of BERT and its kin from their number, and its configurations hold one
+    number for all blocks. A model with fewer heads than that allows has its sizes under ``resu_shrunk`` in
+    ``config.json``; ``from_pretrained`` refuses it with a list of sizes that do not match, and this loads it. What
+    comes back is of the class of transformers, nothing else; no code from the directory is run. Other directories load
+    as with ``from_pretrained``.
+
+    Args:
+        directory: A local Hugging Face directory with safetensors.
+        kind: A class of transformers, also an ``AutoModelFor…``; None: the one that ``config.json`` names.
+        dtype: Of the weights; None: as stored.
+        device: Where to put it; None: the CPU.
+        options: More for ``from_pretrained``, such as ``attn_implementation="eager"``.
+
+    Returns:
+        The ``PreTrainedModel`` in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If the directory, its configuration or its weights are missing.
+        FileFormatError: If weights are missing, or of other sizes than the configuration says.
+        ValueError: If the weights are pickles or quantized, the architecture is not known, or the sizes are damaged.
+
+    Example:
+        >>> import resu  # doctest: +SKIP
+        >>> model = resu.load_shrunk("minilm-small")  # doctest: +SKIP
+    """
+    folder = Path(directory)
+    config = check_directory(folder)
+    stored = widest_dtype(Shards.open(folder))
+    found = loadable_class(model_class(config, folder) if kind is None else kind, folder, config)
+    with quiet():
+        model, info = found.from_pretrained(
+            folder,
+            dtype=stored if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+            **options,
+        )
+    other = sorted(f"{key} ({tuple(there)}, needed {tuple(here)})" for key, there, here in info["mismatched_keys"])
+    lost = other + (sorted(info["missing_keys"]) if kind is None else [])
+    if lost:
+        raise FileFormatError(
+            f"{folder} lacks weights of {type(model).__name__}, or has them in another shape: {', '.join(lost[:5])}; "
+            f"they would be random. Check config.json and {KEY!r} in it"
+        )
+    model.eval()
+    return model if device is None else model.to(device)
+
+
+def loadable_class(kind: Any, directory: str | os.PathLike[str], config: dict[str, Any] | None = None) -> Any:
+    """The class whose ``from_pretrained`` loads a directory: ``kind`` itself, unless its sizes are under our key.
+
+    Args:
+        kind: A class of transformers, also an ``AutoModelFor…``.
+        directory: The directory.
+        config: Its ``config.json``, where it was read already.
+
+    Raises:
+        ValueError: If an ``AutoModelFor…`` has no class for the architecture.
+    """
+    stated = check_directory(directory) if config is None else config
+    if KEY not in stated:
+        return kind
+    if (mapping := getattr(kind, "_model_mapping", None)) is not None:
+        from transformers import AutoConfig
+
+        read = type(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
+        if read not in mapping:
+            raise ValueError(f"{kind.__name__} has no class for {stated.get('model_type')!r} models")
+        kind = mapping[read]
+        kind = kind[0] if isinstance(kind, (list, tuple)) else kind
+    return shrunk_class(kind)
+
+
+def load_pair(
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a directory, smaller or not; as :func:`resu.integrations.hf.load_model`."""
+    return load_shrunk(directory, dtype=dtype, device=device), load_tokenizer(directory)
