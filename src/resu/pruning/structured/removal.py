@@ -1,0 +1,226 @@
+"""Takes indices out of a model's tensors, with everything that goes with them; and puts them back.
+
+The lowest layer of structured pruning: it is told what to keep, and does not know why, nor whether the result computes
+anything. What is decided by looking at a model is checked by :mod:`resu.pruning.structured.verify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from resu.pruning.structured.attributes import repaired_attributes, set_attribute
+from resu.pruning.structured.slots import Slot, sliced, slots
+
+__all__ = ["Removal", "Slices", "mask_tensors", "shrink_tensors"]
+
+Slices = Mapping[str, Mapping[int, Tensor]]
+"""``{parameter or buffer name: {dimension: indices kept, ascending}}``."""
+
+
+@dataclass
+class Removal:
+    """What :func:`shrink_tensors` did, and the way back.
+
+    Attributes:
+        attributes: ``{module name: {attribute: new value}}`` of what was repaired.
+    """
+
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _back: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Put back the very objects that were there: tensors, attributes, optimizer state. Once only.
+
+        Example:
+            >>> model = nn.Linear(4, 3)
+            >>> weight = model.weight
+            >>> shrink_tensors(model, {"weight": {0: torch.tensor([0, 2])}, "bias": {0: torch.tensor([0, 2])}}).undo()
+            >>> model.weight is weight, model.out_features
+            (True, 3)
+        """
+        while self._back:
+            self._back.pop()()
+
+
+@torch.no_grad()
+def shrink_tensors(
+    model: nn.Module,
+    slices: Slices,
+    optimizer: Optimizer | None = None,
+    *,
+    attributes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Removal:
+    """Keep only some indices of a model's tensors, physically and in place.
+
+    Each tensor becomes a new, smaller one under all its names, so that ties stay ties; gradients are cut alike. Sizes
+    that layers of ``torch.nn`` note down (``out_channels``, ``in_features``, ``groups``, …) are repaired. In
+    ``optimizer`` the new parameter takes the place of the old one in its group, and state of the parameter's shape
+    (momenta, second moments) is cut with it; nothing of the old size is held on to but by the result's ``undo``.
+
+    Args:
+        model: Any module.
+        slices: ``{parameter or buffer name: {dimension: indices kept, ascending}}``; of tied tensors one name will do.
+        optimizer: Whose groups and state follow.
+        attributes: ``{module name: {attribute: value}}`` to set beside what is repaired.
+
+    Raises:
+        KeyError: If the model has no tensor of a name.
+        ValueError: If indices are out of range, none is kept, hooks hang on a parameter (masks that are held), or a
+            layer cannot be smaller in that way; nothing has changed then.
+        TypeError: If state of the optimizer cannot be cut; nothing has changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> kept = torch.tensor([0, 2])
+        >>> _ = shrink_tensors(model, {"0.weight": {0: kept}, "0.bias": {0: kept}, "1.weight": {1: kept}})
+        >>> model[0], model[1].in_features
+        (Linear(in_features=4, out_features=2, bias=True), 2)
+    """
+    found = slots(model)
+    by_tensor: dict[int, tuple[Tensor, list[Slot], dict[int, Tensor]]] = {}
+    for name, dims in slices.items():
+        if name not in found:
+            raise KeyError(f"the model has no parameter or buffer {name!r}")
+        tensor = found[name].tensor
+        kept = {dim: _checked(name, tensor, dim, indices) for dim, indices in dims.items()}
+        entry = by_tensor.setdefault(id(tensor), (tensor, [], {}))
+        for dim, indices in kept.items():
+            if dim in entry[2] and not torch.equal(entry[2][dim], indices):
+                raise ValueError(f"{name!r} is tied to a tensor that is to keep other indices of dimension {dim}")
+            entry[2][dim] = indices
+    for name, slot in found.items():
+        if id(slot.tensor) in by_tensor:
+            by_tensor[id(slot.tensor)][1].append(slot)
+            _check_hooks(name, slot.tensor)
+    # All that can fail is made before anything is put in place.
+    new = {key: _smaller(tensor, kept) for key, (tensor, _, kept) in by_tensor.items()}
+    states = _smaller_states(optimizer, by_tensor)
+    wanted = repaired_attributes(model, {s.name: kept for _, where, kept in by_tensor.values() for s in where})
+    for module_name, values in (attributes or {}).items():
+        wanted.setdefault(module_name, {}).update(values)
+    done = Removal(wanted)
+    try:
+        for key, (tensor, where, _) in by_tensor.items():
+            for slot in where:
+                slot.put(new[key])
+                done._back.append(lambda slot=slot, tensor=tensor: slot.put(tensor))  # type: ignore[misc]
+        for module_name, values in wanted.items():
+            module = model.get_submodule(module_name)
+            for attribute, value in values.items():
+                done._back.append(set_attribute(module, attribute, value))
+        if optimizer is not None:
+            _exchange(optimizer, by_tensor, new, states, done._back)
+    except BaseException:
+        done.undo()
+        raise
+    return done
+
+
+@torch.no_grad()
+def mask_tensors(model: nn.Module, slices: Slices) -> None:
+    """Zero, in place, all that :func:`shrink_tensors` with these slices would take out: the model it must equal.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> mask_tensors(model, {"weight": {1: torch.tensor([0])}})
+        >>> bool((model.weight[:, 1] == 0).all())
+        True
+    """
+    found = slots(model)
+    for name, dims in slices.items():
+        tensor = found[name].tensor
+        for dim, kept in dims.items():
+            gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+            gone[kept.to(tensor.device)] = False
+            tensor.index_fill_(dim, gone.nonzero().view(-1), 0)
+
+
+def _checked(name: str, tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    if not 0 <= dim < tensor.ndim:
+        raise ValueError(f"{name!r} has {tensor.ndim} dimensions, there is no dimension {dim}")
+    indices = torch.as_tensor(indices, dtype=torch.int64).cpu()
+    n = tensor.shape[dim]
+    if indices.ndim != 1 or not indices.numel():
+        raise ValueError(f"{name!r} would keep nothing of dimension {dim}; keep at least one of its {n} indices")
+    if int(indices[0]) < 0 or int(indices[-1]) >= n or bool((indices.diff() <= 0).any()):
+        raise ValueError(f"indices kept of {name!r} must ascend within 0 … {n - 1}, got {indices.tolist()[:8]}")
+    return indices
+
+
+def _check_hooks(name: str, tensor: Tensor) -> None:
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"hooks hang on {name!r}, as masks that are held put them there; they are of its size, and would be lost: "
+            "release them first (HeldMasks.release(), remove_mask())"
+        )
+
+
+def _smaller(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    value: Tensor = sliced(tensor.detach(), kept)
+    if isinstance(tensor, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    if tensor.grad is not None:
+        value.grad = sliced(tensor.grad, kept)
+    value.__dict__.update(tensor.__dict__)  # marks that users put on parameters
+    return value
+
+
+Tied = Mapping[int, tuple[Tensor, list[Slot], dict[int, Tensor]]]
+
+
+def _smaller_states(optimizer: Optimizer | None, tied: Tied) -> dict[int, dict[str, Any]]:
+    states: dict[int, dict[str, Any]] = {}
+    if optimizer is None:
+        return states
+    for key, (tensor, where, kept) in tied.items():
+        if tensor in optimizer.state:
+            states[key] = {
+                name: _smaller_state(value, tensor, kept, f"{name!r} of {where[0].name!r}", optimizer)
+                for name, value in optimizer.state[tensor].items()
+            }
+    return states
+
+
+def _smaller_state(value: Any, tensor: Tensor, kept: Mapping[int, Tensor], what: str, optimizer: Optimizer) -> Any:
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return value
+    # Second moments by rows and columns have size 1 in the other dimension (torch.optim.Adafactor).
+    fits = value.ndim == tensor.ndim and all(a in (1, b) for a, b in zip(value.shape, tensor.shape, strict=True))
+    if fits:
+        try:
+            return sliced(value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1})
+        except (RuntimeError, NotImplementedError) as error:
+            raise TypeError(f"{type(optimizer).__name__} keeps {what} in a form that cannot be cut: {error}") from error
+    raise TypeError(
+        f"{type(optimizer).__name__} keeps {what} as {tuple(value.shape)}, which cannot be cut as the parameter's "
+        f"{tuple(tensor.shape)} is; make a fresh optimizer after the removal"
+    )
+
+
+def _exchange(
+    optimizer: Optimizer,
+    tied: Tied,
+    new: Mapping[int, Tensor],
+    states: Mapping[int, dict[str, Any]],
+    back: list[Callable[[], None]],
+) -> None:
+    for group in optimizer.param_groups:
+        before = list(group["params"])
+        group["params"][:] = [new.get(id(p), p) for p in before]  # the same list: others may hold it
+        back.append(lambda group=group, before=before: group["params"].__setitem__(slice(None), before))  # type: ignore[misc]
+    for key, state in states.items():
+        old, fresh = tied[key][0], new[key]
+        whole = optimizer.state.pop(old)
+        optimizer.state[fresh] = state
+
+        def restore(old: Tensor = old, fresh: Tensor = fresh, whole: Any = whole) -> None:
+            optimizer.state.pop(fresh, None)
+            optimizer.state[old] = whole
+
+        back.append(restore)

@@ -1,0 +1,120 @@
+"""How large a model is, and how long it takes: parameters, multiply-adds, seconds on this machine."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from resu.pruning.structured.verify import call, plain_forward
+
+__all__ = ["Latency", "count_macs", "count_parameters", "latencies"]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters; tied ones once.
+
+    Example:
+        >>> count_parameters(nn.Linear(4, 3))
+        15
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    flags = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-adds of one pass in products and convolutions, attention's among them; elementwise work is not counted.
+
+    Args:
+        model: Run once, in evaluation mode, without gradients.
+        example_inputs: A tensor, a tuple of arguments or a dictionary of keyword arguments.
+
+    Example:
+        >>> count_macs(nn.Linear(4, 3), torch.zeros(2, 4))
+        24
+    """
+    with _evaluating(model), plain_forward(), FlopCounterMode(display=False) as counter:
+        call(model, example_inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one pass of several models, measured in turns.
+
+    Attributes:
+        seconds: Median of each.
+        ratios: Median over turns of each one's time over the first one's in the same turn.
+    """
+
+    seconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+
+def latencies(models: Sequence[nn.Module], example_inputs: Any, *, rounds: int = 15, seconds: float = 0.02) -> Latency:
+    """Time models against each other, as a user would run them: evaluation mode, no gradients, threads as they are set.
+
+    In each round every model is timed in turn, so that what slows the machine for a while slows all of them; medians
+    over rounds leave out single stalls.
+
+    Args:
+        models: The first is what the others are compared with.
+        example_inputs: What each is run on.
+        rounds: How many.
+        seconds: How long each model runs in a round, about; at least one pass.
+
+    Example:
+        >>> small, large = nn.Linear(8, 8), nn.Sequential(*[nn.Linear(300, 300) for _ in range(9)])
+        >>> latencies([small], torch.zeros(1, 8), rounds=3, seconds=0.001).ratios
+        (1.0,)
+    """
+    if not models or rounds < 1:
+        raise ValueError(f"give at least one model and one round, got {len(models)} models and rounds={rounds!r}")
+    with _evaluating(*models), torch.inference_mode():
+        counts = []
+        for model in models:
+            call(model, example_inputs)  # first passes choose kernels and fill caches
+            once = min(_timed(model, example_inputs, 1) for _ in range(3))
+            counts.append(max(1, round(seconds / max(once, 1e-7))))
+        turns = [
+            [_timed(model, example_inputs, n) for model, n in zip(models, counts, strict=True)] for _ in range(rounds)
+        ]
+    medians = tuple(statistics.median(turn[i] for turn in turns) for i in range(len(models)))
+    ratios = tuple(statistics.median(turn[i] / turn[0] for turn in turns) for i in range(len(models)))
+    return Latency(medians, ratios)
+
+
+def _timed(model: nn.Module, inputs: Any, times: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(times):
+        call(model, inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / times
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy without gradients, to try sizes on."""
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.grad = None
+    return other

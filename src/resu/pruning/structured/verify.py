@@ -1,0 +1,226 @@
+"""Whether a smaller model computes what it should: the model with the same channels zeroed.
+
+*Zeroed* means all that is taken out: a channel's row in the layer that makes it, its bias and its entries in norms,
+and its columns in the layers that read it. So what a channel would have held (``sigmoid(0)`` is 0.5) makes no
+difference: nothing reads it. Norms over channels, softmax over channels and the like do read it, and are found out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resu.pruning.structured.removal import Slices, mask_tensors, shrink_tensors
+from resu.pruning.trees import leaves, map_leaves
+
+__all__ = ["Check", "call", "compare", "double_copy", "plain_forward", "random_like", "verify_removal"]
+
+_ROUNDS = 3  # of two inputs each: at one input alone, half of the channels may be zero behind a ReLU
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether two models agree.
+
+    Attributes:
+        error: Largest difference over the largest output, in float64; infinite where they cannot be compared.
+        reason: What is wrong; empty if nothing is.
+    """
+
+    error: float
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+class _Wide(TorchDispatchMode):
+    """Whoever converts to float32 on the way gets float64: rounding there would hide, or feign, a difference."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def plain_forward() -> Iterator[None]:
+    """Inside, models run without gradients and without fused kernels for attention."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _in_float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with plain_forward(), _Wide():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """A copy in float64 and evaluation mode, on the model's devices.
+
+    Raises:
+        TypeError: If the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise TypeError(f"{type(model).__name__} cannot be copied, so nothing can be verified: {error}") from error
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied.double().eval()
+
+
+def random_like(inputs: Any, generator: torch.Generator | None) -> Any:
+    """Inputs in float64: floats drawn anew (as given where ``generator`` is None), all else as given."""
+
+    def drawn(_: object, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if generator is None:
+            return leaf.detach().double()
+        return torch.randn(leaf.shape, dtype=torch.float64, generator=generator).to(leaf.device)
+
+    return map_leaves(drawn, inputs)
+
+
+def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 1e-9) -> Check:
+    """Whether two models in float64 (:func:`double_copy`) give the same outputs.
+
+    Args:
+        reference: The model with what is removed zeroed.
+        shrunk: The smaller model.
+        inputs: In float64.
+        rtol: Largest difference allowed, over the largest magnitude of that output.
+
+    Raises:
+        TypeError: If there is no tensor among the outputs.
+    """
+    with _in_float64():
+        wanted = _outputs(call(reference, inputs))
+        try:
+            got = _outputs(call(shrunk, inputs))
+        except Exception as error:  # whatever a model may raise that does not fit together any more
+            return Check(float("inf"), f"it does not run: {' '.join(str(error).split())[:200]}")
+    if not wanted:
+        raise TypeError(f"{type(reference).__name__} returns no tensor that could be compared")
+    if [x.shape for x in wanted] != [x.shape for x in got]:
+        return Check(float("inf"), f"its outputs are {_shapes(got)} in place of {_shapes(wanted)}")
+    worst = 0.0
+    for a, b in zip(wanted, got, strict=True):
+        if not a.numel():
+            continue
+        if not bool(torch.isfinite(a).all()):
+            return Check(float("inf"), "outputs are NaN or infinite, and cannot be compared")
+        off = float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+        worst = max(worst, off if off == off else float("inf"))
+    return Check(worst, "" if worst <= rtol else f"its outputs differ by {worst:.1e} of the largest")
+
+
+def verify_removal(
+    model: nn.Module,
+    slices: Slices,
+    example_inputs: Any,
+    *,
+    shrink: Callable[[nn.Module], object] | None = None,
+    rtol: float = 1e-9,
+    seed: int = 0,
+) -> Check:
+    """Whether a removal gives the masked model, tried on copies in float64; the model is not changed.
+
+    Compared on the inputs given and on random ones, with the model's weights and twice more with noise added to all of
+    them: a branch that starts at zero, as the last norm of a residual block may, would hide what is wrong behind it.
+
+    Args:
+        model: The model before the removal.
+        slices: What is kept of which tensor, as for :func:`resu.pruning.structured.removal.shrink_tensors`.
+        example_inputs: A tensor, a tuple of arguments or a dictionary of keyword arguments.
+        shrink: ``shrink(copy)``, which makes a copy smaller in place; None: ``shrink_tensors(copy, slices)``.
+        rtol: Largest difference allowed, over the largest output.
+        seed: Of the random inputs and the noise; the global generators are left alone.
+
+    Raises:
+        TypeError: If the model cannot be copied, or returns no tensor.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> kept = torch.tensor([0, 2])
+        >>> good = {"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}}
+        >>> bool(verify_removal(model, good, torch.ones(1, 4)))
+        True
+        >>> verify_removal(model, {**good, "2.weight": {1: torch.tensor([0, 1])}}, torch.ones(1, 4)).ok
+        False
+    """
+    shrink = shrink or (lambda copied: shrink_tensors(copied, slices))
+    generator = torch.Generator().manual_seed(seed)
+    whole = double_copy(model)
+    worst = 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for round_ in range(_ROUNDS):
+            if round_:
+                _add_noise(whole, generator)
+            masked, small = copy.deepcopy(whole), copy.deepcopy(whole)
+            mask_tensors(masked, slices)
+            try:
+                shrink(small)
+            except (ValueError, TypeError, KeyError) as error:
+                return Check(float("inf"), str(error))
+            for source in (generator, generator if round_ else None):
+                check = compare(masked, small, random_like(example_inputs, source), rtol)
+                if not check:
+                    return check
+                worst = max(worst, check.error)
+    return Check(worst)
+
+
+@torch.no_grad()
+def _add_noise(model: nn.Module, generator: torch.Generator) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            size = float(parameter.square().mean().sqrt()) or 1.0
+            noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+            parameter.add_(noise.to(parameter.device), alpha=0.1 * size)
+
+
+def _outputs(out: Any) -> list[Tensor]:
+    return [leaf.double() for _, leaf in leaves(out) if isinstance(leaf, Tensor) and not leaf.is_complex()] + [
+        torch.view_as_real(leaf) for _, leaf in leaves(out) if isinstance(leaf, Tensor) and leaf.is_complex()
+    ]
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
