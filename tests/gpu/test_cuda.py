@@ -154,7 +154,7 @@ def test_cycles_end_exact(bits: int | None) -> None:
     assert all(layer.mode is RESUMode.SPARSE for layer in trainer.layers.values())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the compiler itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32:UserWarning")  # of the compiler
 @pytest.mark.parametrize("mode", ["resu", "qresu4", "selective"])
 def test_compiled_layers_give_the_same_results(mode: str) -> None:
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ def test_the_same_as_on_the_cpu(mode: str, dtype: torch.dtype, bits: int | None)
     results = []
     for device in ("cpu", DEVICE):
         model, masks = adapted(mode, dtype, ("a", "b"), base_bits=bits, dropout=0.0)
+        model[1] = torch.nn.Tanh()  # a ReLU near 0 flips when something is rounded another way
         model.to(device)
         x = batch(dtype).to(device).requires_grad_()
         y = model(x)

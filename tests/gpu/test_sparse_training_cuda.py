@@ -98,6 +98,7 @@ def test_trap_27_resume_is_bit_exact(name: str, tmp_path: Path) -> None:
     assert whole[2].masks == again[2].masks
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32:UserWarning")  # of the compiler
 def test_under_compile_and_autocast() -> None:
     model = mlp().to(DEVICE)
     compiled = torch.compile(model, backend="inductor" if DEVICE == "cuda" else "aot_eager")

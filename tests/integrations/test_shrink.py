@@ -203,12 +203,12 @@ def snapshot(model):
 def test_a_wrong_removal_is_undone(kind, monkeypatch):
     model = make(kind)
     before, wanted = snapshot(model), outputs(model)
-    cut = removal._cut_site
+    cut = removal.cut_sites
 
-    def wrong(base, site, stay, saved):
-        cut(base, site, (stay + 1) % site.count if site.kind == "ffn" else stay, saved)
+    def wrong(base, kept):
+        return cut(base, [(site, stay.flip(0).sub(site.count - 1).abs()) for site, stay in kept])
 
-    monkeypatch.setattr(removal, "_cut_site", wrong)
+    monkeypatch.setattr(removal, "cut_sites", wrong)
     with pytest.raises(RemovalError, match="undone"):
         remove(model, some_units(model, 2, 24), [0, 2])
     assert snapshot(model) == before

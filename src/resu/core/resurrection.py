@@ -230,7 +230,10 @@ class PackedRows:
             chunk.mul_((self.scale if one else self.scale[a:b]).view(-1, 1))
             chunk.add_((shift if one else shift[a:b]).view(-1, 1))
             if theta is None:
-                SparseMask.from_packed(self.bitmask[a:b], chunk.shape).apply_(chunk)
+                if chunk.is_cpu:
+                    SparseMask.from_packed(self.bitmask[a:b], chunk.shape).apply_(chunk)
+                else:  # a SparseMask counts its bits, and would wait for the device
+                    chunk.masked_fill_(bits.logical_not_(), 0)
             else:
                 index = positions(bits.logical_not_())
                 if holes is not None:

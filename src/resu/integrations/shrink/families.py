@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resu.core.layers import is_conv1d_of_transformers
+
 __all__ = ["FAMILIES", "Family", "Rows", "Site", "blocks_of", "family_of", "sites_of"]
 
 
@@ -206,12 +208,7 @@ def _sites_of_block(family: Family, block: nn.Module, index: int) -> list[Site]:
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """``(out, in)`` of a linear layer; that of Hugging Face's ``Conv1D`` lies transposed."""
     rows, columns = module.get_parameter("weight").shape
-    return (columns, rows) if is_transposed(module) else (rows, columns)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer's weight is ``[in, out]``."""
-    return type(module).__name__ == "Conv1D"
+    return (columns, rows) if is_conv1d_of_transformers(module) else (rows, columns)
 
 
 def _check_layers(base: nn.Module, sites: Sequence[Site]) -> None:
@@ -223,7 +220,7 @@ def _check_layers(base: nn.Module, sites: Sequence[Site]) -> None:
         module = base.get_submodule(name)
         if nn.utils.parametrize.is_parametrized(module):
             raise ValueError(f"{name} has a parametrized weight; remove the parametrization first")
-        if type(module) is not nn.Linear and not is_transposed(module):
+        if type(module) is not nn.Linear and not is_conv1d_of_transformers(module):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, not a plain linear layer; merge adapters and commit "
                 "resurrection layers first"

@@ -1,4 +1,4 @@
-"""Units and blocks of a transformer taken away for real, and taken back where the result is not what it must be.
+"""Units and blocks of a transformer taken away for real, and put back where the result is not what it must be.
 
 What is removed is exactly what masking would silence: a head or neuron goes with its columns in the layer that reads
 it, so the smaller model computes what the larger one does with those columns at zero; a block that goes leaves the
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from resu.integrations.shrink.config import state_sizes
-from resu.integrations.shrink.exactness import compare_outputs, outputs_in_float64
-from resu.integrations.shrink.families import Site, after, blocks_of, is_transposed, sites_of
-from resu.integrations.shrink.resizing import count_heads, replace_parameter, state_size
+from resu.integrations.shrink.cutting import cut_sites
+from resu.integrations.shrink.exactness import copy_in_float64, random_batch
+from resu.integrations.shrink.families import Site, blocks_of, sites_of
+from resu.pruning.structured.attributes import set_attribute
+from resu.pruning.structured.verify import compare
 
 __all__ = ["TOLERANCE", "RemovalError", "masked", "remove"]
 
+#: Largest difference from the masked model, in float64, relative to the largest output.
 TOLERANCE = 1e-9
 
 
@@ -41,39 +44,37 @@ def remove(
         model: A ``PreTrainedModel`` of a known family (:data:`resu.integrations.shrink.families.FAMILIES`).
         units: Kept units, int64 and ascending, by the name of their :class:`Site`; sites not named keep all.
         blocks: Indices of the blocks that stay, ascending; None: all.
-        verify: Whether to compare the result with the masked model in float64. It takes a copy of the model in float64,
-            and no more than one at a time.
+        verify: Whether to compare the result with the masked model in float64, for which both are copied.
 
     Returns:
         The largest difference between the outputs of the two, relative to the largest output (0 without ``verify``).
 
     Raises:
         RemovalError: If it is more than 10⁻⁹; the model is then as before.
-        ValueError: If a site is not known, or nothing of it would stay.
+        ValueError: If a site is not known, nothing of it would stay, or the sizes could not be loaded again.
     """
     kept = _checked(model, units, blocks)
-    wanted = None
+    reference = None
     if verify:
         with masked(model, units, blocks):
-            wanted = outputs_in_float64(model)
+            reference = copy_in_float64(model)
     undo = _take(model, kept, blocks)
-    if wanted is None:
+    if reference is None:
         return 0.0
     try:
-        difference = compare_outputs(wanted, outputs_in_float64(model))
-        if not difference <= TOLERANCE:
+        check = compare(reference, copy_in_float64(model), random_batch(model), TOLERANCE)
+        if not check:
             raise RemovalError(
-                f"the smaller model differs from the masked one by {difference:.2g} (relative, in float64; "
-                f"{TOLERANCE:g} at most), so the removal was undone: {type(model).__name__} uses its layers in a way "
-                "that is not known here"
+                f"the smaller model is not the masked one, so the removal was undone: {check.reason}; "
+                f"{type(model).__name__} uses its layers in a way that is not known here"
             )
     except BaseException:
         undo()
         raise
-    return difference
+    return check.error
 
 
-def _checked(model: Any, units: Mapping[str, Tensor], blocks: Sequence[int] | None) -> dict[str, tuple[Site, Tensor]]:
+def _checked(model: Any, units: Mapping[str, Tensor], blocks: Sequence[int] | None) -> list[tuple[Site, Tensor]]:
     sites = {site.name: site for site in sites_of(model)}
     depth = len(blocks_of(model))
     if unknown := sorted(set(units) - set(sites)):
@@ -86,11 +87,11 @@ def _checked(model: Any, units: Mapping[str, Tensor], blocks: Sequence[int] | No
         if not listed or listed != sorted(set(listed) & set(range(count))):
             raise ValueError(f"units that stay of {name} must be ascending, of 0 to {count - 1}, at least one")
     stay = set(range(depth) if blocks is None else blocks)
-    return {
-        name: (sites[name], kept)
+    return [
+        (sites[name], kept)
         for name, kept in units.items()
         if sites[name].block in stay and len(kept) < sites[name].count
-    }
+    ]
 
 
 # -- the masked model ----------------------------------------------------------------------------------
@@ -138,73 +139,33 @@ def _hand_on(hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
 # -- removal -------------------------------------------------------------------------------------------
 
 
-def _take(model: Any, kept: Mapping[str, tuple[Site, Tensor]], blocks: Sequence[int] | None) -> Callable[[], None]:
+def _take(model: Any, kept: Sequence[tuple[Site, Tensor]], blocks: Sequence[int] | None) -> Callable[[], None]:
     """Remove; returns what puts everything back."""
-    base, saved = model.base_model, _Saved()
-    saved.keep(model.config)
+    stated = dict(vars(model.config))
+    removal = cut_sites(model.base_model, kept)
+    back: list[Callable[[], None]] = [removal.undo]
+
+    def undo() -> None:
+        while back:
+            back.pop()()
+        vars(model.config).clear()
+        vars(model.config).update(stated)
+
     try:
-        for site, stay in kept.values():
-            _cut_site(base, site, stay, saved)
         if blocks is not None:
-            _cut_blocks(blocks_of(model), blocks, saved)
+            _take_blocks(blocks_of(model), blocks, back)
         state_sizes(model, blocks)
     except BaseException:
-        saved.restore()
+        undo()
         raise
-    return saved.restore
+    return undo
 
 
-def _cut_site(base: nn.Module, site: Site, stay: Tensor, saved: _Saved) -> None:
-    for name in dict.fromkeys(rows.module for rows in site.inner):
-        module = base.get_submodule(name)
-        saved.keep(module)
-        _cut(module, torch.cat([rows.of(stay) for rows in site.inner if rows.module == name]), out=True)
-    outer = base.get_submodule(site.outer)
-    saved.keep(outer)
-    _cut(outer, site.columns.of(stay), out=False)
-    if site.kind == "heads":
-        attention = base.get_submodule(site.name)
-        saved.keep(attention)
-        count_heads(attention, after(site, len(stay)))
-
-
-def _cut(module: nn.Module, index: Tensor, *, out: bool) -> None:
-    """Keep only some rows (``out``) or columns of a linear layer."""
-    weight = module.get_parameter("weight")
-    index = index.to(weight.device)
-    replace_parameter(module, "weight", weight.detach().index_select(0 if out != is_transposed(module) else 1, index))
-    bias = getattr(module, "bias", None)
-    if out and bias is not None:
-        replace_parameter(module, "bias", bias.detach().index_select(0, index))
-    state_size(module, len(index), out=out)
-
-
-def _cut_blocks(layers: nn.ModuleList, blocks: Sequence[int], saved: _Saved) -> None:
-    saved.keep(layers)
-    stay = [layers[index] for index in blocks]
+def _take_blocks(layers: nn.ModuleList, blocks: Sequence[int], back: list[Callable[[], None]]) -> None:
+    before, stay = dict(layers._modules), [layers[index] for index in blocks]
+    back.append(lambda: setattr(layers, "_modules", before))
     layers._modules = {str(index): block for index, block in enumerate(stay)}
     for index, block in enumerate(stay):
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):  # the place of its keys and values in a cache
-                saved.keep(module)
-                setattr(module, "layer_idx", index)  # noqa: B010
-
-
-class _Saved:
-    """Attributes, parameters and children of modules as they were."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[Any, dict[str, Any]]] = []
-
-    def keep(self, thing: Any) -> None:
-        # The dictionaries of a module in which its parameters and children are must be copies of their own.
-        own = {
-            name: dict(value) if name in ("_parameters", "_modules") else value for name, value in vars(thing).items()
-        }
-        self._before.append((thing, own))
-
-    def restore(self) -> None:
-        for thing, before in reversed(self._before):
-            vars(thing).clear()
-            vars(thing).update(before)
-        self._before.clear()
+                back.append(set_attribute(module, "layer_idx", index))

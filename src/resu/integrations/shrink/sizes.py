@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from resu.integrations.shrink.families import sites_of
-from resu.integrations.shrink.resizing import resize_site
+import torch
+
+from resu.integrations.shrink.cutting import cut_sites
+from resu.integrations.shrink.families import Site, sites_of
 
 __all__ = ["KEY", "VERSION", "shrunk_class", "sizes_of"]
 
@@ -62,14 +64,18 @@ def resize(model: Any, stated: Any) -> None:
         here = [site for site in sites if site.kind == kind]
         sizes = stated.get(kind, [site.count * site.queries for site in here])
         fits = isinstance(sizes, list) and len(sizes) == len(here)
-        if not fits or not all(_possible(size, site.queries) for size, site in zip(sizes, here, strict=True)):
+        if not fits or not all(_possible(size, site) for size, site in zip(sizes, here, strict=True)):
             raise ValueError(
-                f"{KEY} of the configuration gives {kind} {sizes!r}; needed are {len(here)} numbers, one per block"
+                f"{KEY} of the configuration gives {kind} {sizes!r}; needed are {len(here)} numbers, one per block, "
+                "none of them larger than what the other keys say"
             )
-        for size, site in zip(sizes, here, strict=True):
-            if size != site.count * site.queries:
-                resize_site(model.base_model, site, size // site.queries)
+        with torch.device("cpu"):  # a model is built on the meta device to be loaded; indices are looked at
+            cut_sites(
+                model.base_model,
+                [(site, torch.arange(size // site.queries)) for size, site in zip(sizes, here, strict=True)],
+            )
 
 
-def _possible(size: Any, queries: int) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size >= queries and size % queries == 0
+def _possible(size: Any, site: Site) -> bool:
+    whole = isinstance(size, int) and not isinstance(size, bool) and size % site.queries == 0
+    return whole and 0 < size <= site.count * site.queries
