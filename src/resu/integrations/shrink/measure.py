@@ -15,7 +15,7 @@ from resu.integrations.shrink.families import Site, blocks_of, shape_of, sites_o
 from resu.integrations.shrink.removal import remove
 from resu.pruning.structured.sizes import Latency, count_macs, count_parameters, latencies
 
-__all__ = ["Costs", "measured_latency", "sample_inputs"]
+__all__ = ["Costs", "measured_latency", "sample_inputs", "smaller_copy"]
 
 
 def sample_inputs(model: Any, batch: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:

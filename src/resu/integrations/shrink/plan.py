@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from resu.core.counting import check_sparsity, positions, pruned_count, top_k_mask
-from resu.integrations.shrink.families import Site, blocks_of, sites_of
+from resu.integrations.shrink.families import Site, blocks_of
 
 __all__ = ["Fractions", "choose_blocks", "choose_units", "kept_counts"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from resu.core.randomness import derived_generator
 from resu.integrations.shrink.activity import evaluating
 from resu.integrations.shrink.families import Site
+from resu.integrations.shrink.quality import causal_losses, pooled
 
 __all__ = ["taylor_scores"]
 
@@ -94,10 +94,7 @@ def _target(model: Any, batch: Mapping[str, Tensor], generator: torch.Generator)
     """``L``, summed over the samples of a batch."""
     mask = batch["attention_mask"]
     if model.can_generate():
-        logits = model(**batch).logits[:, :-1].float()
-        labels = batch["input_ids"][:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-        counted = mask[:, 1:].float()
+        losses, counted = causal_losses(model, batch)
         return ((losses * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)).sum()
     output = model(**batch)
     logits = getattr(output, "logits", None)
@@ -106,7 +103,6 @@ def _target(model: Any, batch: Mapping[str, Tensor], generator: torch.Generator)
     else:
         states = getattr(output, "last_hidden_state", None)
         states = model.base_model(**batch).last_hidden_state if states is None else states
-        weights = mask.unsqueeze(-1).float()
-        value = F.normalize((states.float() * weights).sum(dim=1) / weights.sum(dim=1), dim=-1)
+        value = pooled(states, mask)
     directions = torch.randn(value.shape, generator=generator).to(value.device)
     return torch.sum(value * directions)

@@ -1,0 +1,83 @@
+"""A smaller transformer written as a Hugging Face directory, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resu.core.shards import Shards
+from resu.integrations.folders import copy_companions, new_folder
+from resu.integrations.hf import check_directory, seal_folder, write_model
+
+__all__ = ["save_shrunk"]
+
+
+def save_shrunk(
+    model: Any,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    report: Mapping[str, Any],
+    before: Mapping[str, Any],
+    *,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a model with fewer heads, neurons or blocks; everything beside the weights is copied.
+
+    ``config.json`` is that of the source with the keys changed whose values are others now. It is loaded by
+    ``from_pretrained``, or by :func:`resu.integrations.shrink.loading.load_shrunk` where its architecture cannot be
+    told its sizes.
+
+    Args:
+        model: After :func:`resu.integrations.shrink.removal.remove`.
+        source: The directory it comes from.
+        out: The folder to write; the one above it must exist.
+        report: Plain values; written as ``pruning.json``.
+        before: ``model.config.to_dict()`` before the removal.
+        max_shard_size: Largest weight file.
+        overwrite: Whether an earlier result may be replaced (:func:`resu.integrations.folders.new_folder`).
+
+    Returns:
+        The report as written, with ``bytes`` of the weights and ``warnings``.
+
+    Raises:
+        FileExistsError: If ``out`` holds something that may not be replaced.
+    """
+    folder = Path(source)
+    with new_folder(out, overwrite=overwrite) as temporary:
+        write_model(model, temporary, max_shard_size)
+        seal_folder(temporary)
+        config = changed_config(check_directory(folder), before, model.config)
+        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
+        (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+        left_out = copy_companions(folder, temporary)
+        weights = Shards.open(temporary)
+        warnings = [f"{file} was not copied: it holds the weights as they were" for file in left_out]
+        if (folder / "masks.safetensors").is_file():
+            warnings.append(
+                "masks.safetensors was not copied: masks are of the former sizes (zeros stay zeros; resu finetune "
+                "--mask zeros holds them)"
+            )
+        written = {
+            **report,
+            "bytes": sum(weights.nbytes(name) for name in weights.names),
+            "warnings": [*report.get("warnings", ()), *warnings],
+        }
+        text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False)
+        (temporary / "pruning.json").write_text(text + "\n", encoding="utf-8")
+    return written
+
+
+def changed_config(stated: Mapping[str, Any], before: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """A ``config.json`` as its author wrote it, but for what has changed."""
+    now = json.loads(config.to_json_string(use_diff=False))
+    was = json.loads(json.dumps(before, default=str))
+    changed = {key: value for key, value in now.items() if key not in was or was[key] != value}
+    found = {key: value for key, value in stated.items() if key in now or key not in was} | changed
+    for alias, key in type(config).attribute_map.items():  # two names of one number must not disagree
+        if key in changed and alias in found:
+            found[alias] = changed[key]
+    return found

@@ -1,0 +1,157 @@
+"""How much to take away for a wanted number of parameters, multiply-adds or milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from torch import Tensor
+
+from resu.integrations.shrink.measure import Costs, measured_latency, smaller_copy
+from resu.integrations.shrink.plan import Fractions, kept_counts
+
+__all__ = ["METRICS", "Target", "solve_target"]
+
+METRICS = ("params", "macs", "latency")
+_CLOSE = 0.015  # of the target; closer than that a latency is noise
+_ROUNDS, _LEISURE, _CORRECTIONS = 9, 31, 3
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the smaller model may cost, as a part of what the model costs as it is.
+
+    Attributes:
+        metric: ``"params"``, ``"macs"`` or ``"latency"`` (seconds of a forward pass, measured in turns).
+        value: In (0, 1).
+    """
+
+    metric: str
+    value: float
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"unknown target {self.metric!r}; known: {', '.join(METRICS)}")
+        if not 0 < self.value < 1:
+            raise ValueError(f"the target for {self.metric} must lie in (0, 1), got {self.value!r}; 0.5 means half")
+
+
+def solve_target(
+    model: Any,
+    costs: Costs,
+    inputs: Mapping[str, Tensor],
+    target: Target,
+    given: Fractions,
+    free: Sequence[str],
+    blocks: Sequence[int] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Fractions:
+    """The fractions that meet a target: one for all kinds that are free, then the width alone to hit it closely.
+
+    Heads are few, so one fraction for both mostly jumps over the target; the width then gives some back. Parameters and
+    multiply-adds are at most what is asked for. A latency is measured, on this machine with the threads as they are
+    set, until it is within 1.5 % or one step of the width.
+
+    Args:
+        model: As it is; not changed.
+        costs: Of the model.
+        inputs: What latencies are measured on.
+        target: What to reach.
+        given: Fractions of the kinds that are not free, and ``round_to``.
+        free: ``"heads"``, ``"ffn"`` or both.
+        blocks: Which blocks stay; None: all.
+        progress: Told what was tried.
+
+    Raises:
+        ValueError: If even the smallest model costs more.
+    """
+    steps = max(site.count for site in costs.sites if site.kind in free)
+    tried: dict[tuple[int, ...], float] = {}
+
+    def cost(fractions: Fractions) -> float:
+        counts = kept_counts(costs.sites, fractions)
+        key = tuple(counts.values())
+        if key not in tried:
+            tried[key] = _cost(model, costs, inputs, target.metric, counts, blocks, _ROUNDS)
+            if progress is not None and target.metric == "latency":
+                progress(f"{target.metric} {tried[key]:.3f}x")
+        return tried[key]
+
+    def common(step: int) -> Fractions:
+        part = Fraction(step, steps)
+        return replace(given, heads=part if "heads" in free else given.heads, ffn=part if "ffn" in free else given.ffn)
+
+    least = cost(common(steps - 1))
+    if least > target.value:
+        raise ValueError(
+            f"{target.metric} cannot be {target.value:g} of what they are: with all of {' and '.join(free)} but the "
+            f"least removed they are still {least:.3g} (embeddings and other parts stay); remove blocks too, or ask "
+            "for less"
+        )
+    exact = target.metric != "latency"
+
+    def search(wanted: float) -> Fractions:
+        close = 0.0 if exact else _CLOSE * wanted
+        step = _smallest(lambda k: cost(common(k)), steps - 1, wanted, close)
+        found = common(step)
+        if len(free) == 2:
+            step = _smallest(lambda k: cost(replace(found, ffn=Fraction(k, steps))), step, wanted, close)
+            found = replace(found, ffn=Fraction(step, steps))
+        return found
+
+    found = search(target.value)
+    wanted = target.value
+    for _ in range(0 if exact else _CORRECTIONS):
+        # What was measured in a hurry is measured again at leisure, and aimed at anew if it was off.
+        counts = kept_counts(costs.sites, found)
+        off = _cost(model, costs, inputs, target.metric, counts, blocks, _LEISURE) / target.value
+        if abs(off - 1) <= 2 * _CLOSE:
+            break
+        wanted, tried = max(wanted / off, least), {}
+        found = search(wanted)
+    return found
+
+
+def _cost(
+    model: Any,
+    costs: Costs,
+    inputs: Mapping[str, Tensor],
+    metric: str,
+    counts: Mapping[str, int],
+    blocks: Sequence[int] | None,
+    rounds: int,
+) -> float:
+    parameters, macs = costs.after(counts, blocks)
+    if metric == "params":
+        return parameters / costs.parameters
+    if metric == "macs":
+        return macs / costs.macs
+    return measured_latency([model, smaller_copy(model, counts, blocks)], inputs, rounds).ratios[1]
+
+
+def _smallest(cost: Callable[[int], float], high: int, wanted: float, close: float) -> int:
+    """The smallest step in ``[0, high]`` whose cost, which falls, is at most ``wanted``; or one within ``close`` of it.
+
+    The next step to try is where a line through the ends of the bracket says, kept off its ends: costs are nearly
+    straight, and each may take seconds to measure.
+    """
+    below = cost(high)
+    if abs(below - wanted) <= close:
+        return high
+    low, above = 0, cost(0)
+    if above <= wanted:
+        return 0
+    while high - low > 1 and abs(below - wanted) > close:
+        span = high - low
+        slope = (above - wanted) / max(above - below, 1e-12)
+        guess = low + min(max(round(span * slope), max(1, span // 16)), span - max(1, span // 16))
+        value = cost(guess)
+        if abs(value - wanted) <= close:
+            return guess
+        if value > wanted:
+            low, above = guess, value
+        else:
+            high, below = guess, value
+    return high
