@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -67,17 +68,21 @@ def test_points_join_seeds_and_leave_out_what_was_for_choices() -> None:
     assert made.values == (70.0, 74.0)
     assert (made.mean, made.state, made.peak, made.lean) == (72.0, 100, 200, 150)
     assert made.spread == pytest.approx(8**0.5)
+    (made,) = points([*rows, row(part="memory", value=math.nan, state_bytes=7, peak_bytes=9, lean_bytes=8)])
+    assert (made.mean, made.state, made.peak, made.lean) == (72.0, 7, 9, 8)
 
 
-def test_a_rate_is_the_best_on_held_out_data_at_the_nearest_size() -> None:
+def test_a_rate_is_the_best_on_held_out_data_at_its_size_or_on_average() -> None:
     rows = [
         row(part="dev", size=2.0, lr=1e-3, value=50.0),
         row(part="dev", size=2.0, lr=3e-3, value=60.0),
         row(part="dev", size=32.0, lr=1e-3, value=65.0),
         row(part="test", size=2.0, lr=9.0, value=99.0),
     ]
-    assert rate(rows, "trec", Way("lora", 8.0)) == 3e-3
-    assert rate(rows, "trec", Way("lora", 30.0)) == 1e-3
+    assert rate(rows, "trec", Way("lora", 2.0)) == 3e-3
+    assert rate(rows, "trec", Way("lora", 32.0)) == 1e-3
+    rows.append(row(part="dev", size=32.0, lr=3e-3, value=5.0))
+    assert rate(rows, "trec", Way("lora", 8.0)) == 1e-3  # on average of both ends
     assert rate(rows, "sst2", Way("lora", 2.0)) == 3e-3  # what another task found
     assert rate(rows, "trec", Way("full")) is None
     losses = [row(part="dev", metric="loss", lr=lr, value=value) for lr, value in ((1.0, 2.0), (2.0, 1.5))]
@@ -149,9 +154,11 @@ def test_the_command_goes_on_where_it_stopped(stories: Task, tmp_path: Path) -> 
     main([*common, "--tune", "--csv", str(tuning), "--sizes", "2"])
     assert [one.lr for one in read(tuning, Row)] == list(KINDS["lora"].rates)
     append(rows, row(task="stories", size=2.0, seed=3, metric="loss"))
+    main([*common, "--memory", "--csv", str(rows), "--sizes", "2"])
+    assert read(rows, Row)[-1].peak_bytes > 0
     given = f"--csv {rows} --rates {tuning} --seeds 3 4 --sizes 2 --jobs 2 --out {tmp_path}"
     # As a person runs it: processes of its own find the work by the name of its module.
     subprocess.run([sys.executable, "-m", "resu.experiments.finetuning", *common, *given.split()], check=True)
-    assert [one.seed for one in read(rows, Row)] == [3, 4]
+    assert [one.seed for one in read(rows, Row) if one.part == "test"] == [3, 4]
     assert "stories260K" in (tmp_path / "finetuning_front.md").read_text()
     assert (tmp_path / "finetuning_front.png").read_bytes()[:4] == b"\x89PNG"

@@ -2,6 +2,7 @@
 
     python -m resu.experiments.finetuning --tune --csv tuning.csv           # learning rates, on held-out data
     python -m resu.experiments.finetuning --csv rows.csv --rates tuning.csv --out docs
+    python -m resu.experiments.finetuning --csv rows.csv --memory --out docs  # where the runs were on several machines
 
 The same command again goes on where it was stopped.
 """
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, required=True, help="rows; what is in it is not run again")
     parser.add_argument("--rates", type=Path, help="rows of --tune, which learning rates are taken from")
     parser.add_argument("--tune", action="store_true", help="try learning rates on held-out data, seed 0")
+    parser.add_argument("--memory", action="store_true", help="measure memory alone, all ways on this machine")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--sizes", nargs="+", type=float, help="instead of those of each kind")
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where to train, cpu or cuda; memory is measured there")
     parser.add_argument("--out", type=Path, help="folder for finetuning_front.md and .png, written over")
     given = parser.parse_args(arguments)
-    if not given.tune and given.rates is None:
+    if not given.tune and not given.memory and given.rates is None:
         parser.error("--rates is needed: the CSV that --tune wrote")
     rates = read(given.rates, Row) if given.rates is not None else []
     todo = jobs(given, read(given.csv, Row), rates)

@@ -57,24 +57,31 @@ class Point:
 
 
 def points(rows: Iterable[Row]) -> list[Point]:
-    """Rows of the test part, by task and way; memory was measured with one of the seeds."""
+    """Rows of the test part, by task and way, with the memory of the part ``"memory"``, or else of one of the seeds."""
     groups: dict[tuple[str, str, float], list[Row]] = {}
+    weighed: dict[tuple[str, str, float], Row] = {}
     for row in rows:
         if row.part == "test":
             groups.setdefault((row.task, row.kind, row.size), []).append(row)
-    return [
-        Point(
-            task,
-            Way(kind, size),
-            some[0].metric,
-            tuple(row.value for row in sorted(some, key=lambda row: row.seed)),
-            some[0].trained,
-            max(row.state_bytes for row in some),
-            max(row.peak_bytes for row in some),
-            max(row.lean_bytes for row in some),
+        elif row.part == "memory":
+            weighed[row.task, row.kind, row.size] = row
+    found = []
+    for key, some in groups.items():
+        task, kind, size = key
+        held = [weighed[key]] if key in weighed else some
+        found.append(
+            Point(
+                task,
+                Way(kind, size),
+                some[0].metric,
+                tuple(row.value for row in sorted(some, key=lambda row: row.seed)),
+                some[0].trained,
+                max(row.state_bytes for row in held),
+                max(row.peak_bytes for row in held),
+                max(row.lean_bytes for row in held),
+            )
         )
-        for (task, kind, size), some in groups.items()
-    ]
+    return found
 
 
 def front(found: Sequence[Point], memory: str = "lean") -> list[Point]:
@@ -99,17 +106,18 @@ def _badness(point: Point) -> float:
 
 
 def rate(rows: Iterable[Row], task: str, way: Way) -> float | None:
-    """The learning rate that was best on held-out data, for this kind at the nearest size that was tried.
+    """The learning rate that was best on held-out data at this size, or on average over all sizes of this kind.
 
-    Where the task was not tuned, what was found on another counts. None: nothing was tried.
+    The average keeps a size in between from a rate that only one of the ends bears. Where the task was not tuned, what
+    was found on another counts. None: nothing was tried.
     """
     tried = [row for row in rows if row.part == "dev" and row.kind == way.kind]
     tried = [row for row in tried if row.task == task] or tried
-    if not tried:
-        return None
-    near = min(abs(row.size - way.size) for row in tried)
-    tried = [row for row in tried if abs(row.size - way.size) == near]
-    return min(tried, key=lambda row: -row.value if row.metric == "accuracy" else row.value).lr
+    tried = [row for row in tried if row.size == way.size] or tried
+    values: dict[float, list[float]] = {}
+    for row in tried:
+        values.setdefault(row.lr, []).append(row.value if row.metric == "accuracy" else -row.value)
+    return max(values, key=lambda lr: fmean(values[lr])) if values else None
 
 
 def table(found: Sequence[Point]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Row:
         seed: Of the head, the order of batches and dropout.
         steps: Optimizer steps.
         lr: Learning rate at its highest; that of the head is :data:`HEAD_LR` at most.
-        part: What it was judged by, ``"dev"`` or ``"test"``.
+        part: What it was judged by, ``"dev"`` or ``"test"``; or ``"memory"``: it was not trained.
         metric: ``"accuracy"`` in percent, or ``"loss"``.
         value: Of the metric.
         trained: Values that train.
@@ -183,6 +184,7 @@ def run(task: Task, way: Way, seed: int, steps: int, lr: float, part: str, *, me
         _set_rates(prepared.model, optimizers, rates, _share(step, steps), lr)
         _step(prepared.model, batch, optimizers)
     seconds = time.process_time() - begin
+    value = math.nan if part == "memory" else round(task.evaluate(prepared.model, part), 4)
     trained = sum(p.numel() for p in (*prepared.adapter, *prepared.head))
     if way.kind == "selective":  # θ trains itself
         layers = get_resu_modules(prepared.model).values()
@@ -196,7 +198,7 @@ def run(task: Task, way: Way, seed: int, steps: int, lr: float, part: str, *, me
         lr=lr,
         part=part,
         metric=task.metric,
-        value=round(task.evaluate(prepared.model, part), 4),
+        value=value,
         trained=trained,
         state_bytes=held,
         peak_bytes=peak,

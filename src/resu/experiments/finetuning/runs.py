@@ -46,6 +46,11 @@ def jobs(given: argparse.Namespace, done: Sequence[Row], rates: Sequence[Row]) -
                 continue  # it has none
             for size in sorted({min(sizes), max(sizes)}) if given.tune else sizes:
                 way = Way(kind, size)
+                if given.memory:
+                    first = KINDS[kind].rates[0]  # of no account
+                    if (task, kind, size, 0, "memory", first) not in known:
+                        found.append((task, way, 0, 0, first, "memory", True))
+                    continue
                 if given.tune:
                     found += [
                         (task, way, 0, given.steps, lr, "dev", False)
