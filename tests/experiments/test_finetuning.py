@@ -84,6 +84,8 @@ def test_a_rate_is_the_best_on_held_out_data_at_its_size_or_on_average() -> None
     rows.append(row(part="dev", size=32.0, lr=3e-3, value=5.0))
     assert rate(rows, "trec", Way("lora", 8.0)) == 1e-3  # on average of both ends
     assert rate(rows, "sst2", Way("lora", 2.0)) == 3e-3  # what another task found
+    rows.append(row(task="stories", part="dev", size=2.0, metric="loss", lr=1e-2, value=1.0))
+    assert rate(rows, "sst2", Way("lora", 2.0)) == 3e-3  # the first other, not all together
     assert rate(rows, "trec", Way("full")) is None
     losses = [row(part="dev", metric="loss", lr=lr, value=value) for lr, value in ((1.0, 2.0), (2.0, 1.5))]
     assert rate(losses, "trec", Way("lora", 8.0)) == 2.0

@@ -109,10 +109,10 @@ def rate(rows: Iterable[Row], task: str, way: Way) -> float | None:
     """The learning rate that was best on held-out data at this size, or on average over all sizes of this kind.
 
     The average keeps a size in between from a rate that only one of the ends bears. Where the task was not tuned, what
-    was found on another counts. None: nothing was tried.
+    was found on the first that was counts. None: nothing was tried.
     """
     tried = [row for row in rows if row.part == "dev" and row.kind == way.kind]
-    tried = [row for row in tried if row.task == task] or tried
+    tried = [row for row in tried if row.task == task] or [row for row in tried if row.task == tried[0].task]
     tried = [row for row in tried if row.size == way.size] or tried
     values: dict[float, list[float]] = {}
     for row in tried:
