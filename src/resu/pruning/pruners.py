@@ -11,12 +11,14 @@ from resu.pruning.holding import hold_masks
 from resu.pruning.magnitude_pruner import MagnitudePruner
 from resu.pruning.pruner import Pruner, pruners
 from resu.pruning.stages import plan_stages, prune_iteratively
+from resu.pruning.structured.pruner import StructuredPruner
 
 __all__ = [
     "CompressionStats",
     "GradualPruner",
     "MagnitudePruner",
     "Pruner",
+    "StructuredPruner",
     "create_pruner",
     "hold_masks",
     "plan_stages",

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 
 from resu.core.layers import is_conv1d_of_transformers
+from resu.pruning.structured.slots import Slot
 
-__all__ = ["remaining_groups", "repaired_attributes", "set_attribute"]
+__all__ = ["is_direction", "recomputed", "remaining_groups", "repaired_attributes", "set_attribute"]
 
 _Cut = Mapping[int, Tensor]
 _MISSING = object()
@@ -29,6 +33,26 @@ def set_attribute(module: nn.Module, attribute: str, value: Any) -> Callable[[],
         else:
             setattr(module, attribute, before)
 
+    return back
+
+
+def is_direction(slot: Slot) -> bool:
+    """Whether a tensor is the direction of a weight in weight norm, in either form of torch's."""
+    module = slot.module
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return slot.attribute == "original1" and isinstance(module[0], _WeightNorm)
+    hooks = module._forward_pre_hooks.values()
+    return any(isinstance(hook, WeightNorm) and slot.attribute == f"{hook.name}_v" for hook in hooks)
+
+
+def recomputed(module: nn.Module) -> list[Callable[[], None]]:
+    """Compute weights anew that hooks of ``torch.nn.utils`` derive from parameters; what puts the former ones back."""
+    back = []
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            back.append(set_attribute(module, hook.name, hook.compute_weight(module)))
+        elif isinstance(hook, BasePruningMethod):
+            back.append(set_attribute(module, hook._tensor_name, hook.apply_mask(module)))
     return back
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from resu.pruning.structured.attributes import repaired_attributes, set_attribute
+from resu.pruning.structured.attributes import is_direction, recomputed, repaired_attributes, set_attribute
 from resu.pruning.structured.slots import Slot, sliced, slots
 
 __all__ = ["Removal", "Slices", "mask_tensors", "shrink_tensors"]
@@ -46,6 +46,10 @@ class Removal:
         """
         while self._back:
             self._back.pop()()
+
+    def forget(self) -> None:
+        """Let go of what was there before; there is no way back then."""
+        self._back.clear()
 
 
 @torch.no_grad()
@@ -114,6 +118,8 @@ def shrink_tensors(
             module = model.get_submodule(module_name)
             for attribute, value in values.items():
                 done._back.append(set_attribute(module, attribute, value))
+        for slot in (slot for _, where, _ in by_tensor.values() for slot in where):
+            done._back.extend(recomputed(slot.module))
         if optimizer is not None:
             _exchange(optimizer, by_tensor, new, states, done._back)
     except BaseException:
@@ -126,6 +132,8 @@ def shrink_tensors(
 def mask_tensors(model: nn.Module, slices: Slices) -> None:
     """Zero, in place, all that :func:`shrink_tensors` with these slices would take out: the model it must equal.
 
+    Of a weight in weight norm only the magnitudes are zeroed: a direction of length 0 is none.
+
     Example:
         >>> model = nn.Linear(2, 2)
         >>> mask_tensors(model, {"weight": {1: torch.tensor([0])}})
@@ -135,7 +143,7 @@ def mask_tensors(model: nn.Module, slices: Slices) -> None:
     found = slots(model)
     for name, dims in slices.items():
         tensor = found[name].tensor
-        for dim, kept in dims.items():
+        for dim, kept in dims.items() if not is_direction(found[name]) else ():
             gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
             gone[kept.to(tensor.device)] = False
             tensor.index_fill_(dim, gone.nonzero().view(-1), 0)

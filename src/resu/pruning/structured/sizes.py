@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -110,11 +109,3 @@ def _timed(model: nn.Module, inputs: Any, times: int) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - begin) / times
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A copy without gradients, to try sizes on."""
-    other = copy.deepcopy(model)
-    for parameter in other.parameters():
-        parameter.grad = None
-    return other

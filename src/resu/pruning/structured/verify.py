@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resu.pruning.structured.removal import Slices, mask_tensors, shrink_tensors
 from resu.pruning.trees import leaves, map_leaves
 
-__all__ = ["Check", "call", "compare", "double_copy", "plain_forward", "random_like", "verify_removal"]
+__all__ = ["Check", "call", "compare", "double_copy", "plain_copy", "plain_forward", "random_like", "verify_removal"]
 
 _ROUNDS = 3  # of two inputs each: at one input alone, half of the channels may be zero behind a ReLU
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -95,13 +95,28 @@ def double_copy(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: If the model cannot be copied.
     """
+    return plain_copy(model).double().eval()
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy without gradients.
+
+    Raises:
+        TypeError: If the model cannot be copied.
+    """
+    # Tensors that a forward pass left in attributes (weight norm does) would refuse to be copied.
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
     try:
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
-        raise TypeError(f"{type(model).__name__} cannot be copied, so nothing can be verified: {error}") from error
+        raise TypeError(f"{type(model).__name__} cannot be copied, so nothing can be tried out: {error}") from error
     for parameter in copied.parameters():
         parameter.grad = None
-    return copied.double().eval()
+    return copied
 
 
 def random_like(inputs: Any, generator: torch.Generator | None) -> Any:

@@ -1,0 +1,104 @@
+"""How much to remove so that a model has so many parameters, multiply-adds, or takes so long on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from resu.pruning.structured.sizes import count_macs, count_parameters, latencies
+
+__all__ = ["TARGETS", "Reached", "meet_target"]
+
+TARGETS = ("units", "parameters", "macs", "latency")
+_STEPS = 24
+_TOLERANCE = 0.05
+
+Kept = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a target came to.
+
+    Attributes:
+        target: ``"units"``, ``"parameters"``, ``"macs"`` or ``"latency"``.
+        asked: The fraction of it to remove.
+        reached: The fraction removed.
+        met: Whether what is left is within 5 % of what was to be left.
+    """
+
+    target: str
+    asked: float
+    reached: float
+
+    @property
+    def met(self) -> bool:
+        return abs(self.reached - self.asked) <= _TOLERANCE * (1 - self.asked)
+
+
+def meet_target(
+    model: nn.Module,
+    target: str,
+    sparsity: float,
+    inputs: Any,
+    kept_at: Callable[[float], Kept],
+    shrunk: Callable[[Kept], nn.Module],
+    *,
+    dense: nn.Module | float | None = None,
+) -> tuple[Kept, Reached]:
+    """The units to keep so that ``sparsity`` of the target is removed, by bisection over the sparsity of units.
+
+    Parameters and multiply-adds are counted, and what is left is at most what was asked, as near to it as whole units
+    allow. Latency is measured, the model and the smaller one in turns; of what was tried, the nearest is taken.
+
+    Args:
+        model: The present model.
+        target: ``"parameters"``, ``"macs"`` or ``"latency"``.
+        sparsity: The fraction of it to remove.
+        inputs: Example inputs; multiply-adds and latency are of a pass over them.
+        kept_at: ``kept_at(sparsity of units) -> {group: bool per unit}``.
+        shrunk: ``shrunk(kept)``: a smaller copy of the model.
+        dense: What the sparsity is a fraction of: a size, or for latency a model; None: the present model.
+
+    Raises:
+        ValueError: If even the fewest units leave more than 5 % too much; it says how much could be removed.
+    """
+    reference = model if not isinstance(dense, nn.Module) else dense
+    counts: dict[str, Callable[[nn.Module], int]] = {
+        "parameters": count_parameters,
+        "macs": lambda counted: count_macs(counted, inputs),
+    }
+    count = counts.get(target)
+    whole = float(dense) if isinstance(dense, (int, float)) else float(count(reference)) if count else 1.0
+    seen: dict[tuple[int, ...], float] = {}
+    tried: list[tuple[float, Kept]] = []
+
+    def left(kept: Kept) -> float:
+        """The fraction of the target that is left."""
+        key = tuple(int(mask.sum()) for mask in kept.values())
+        if key not in seen:
+            small = shrunk(kept)
+            seen[key] = count(small) / whole if count else latencies([reference, small], inputs).ratios[1]
+            tried.append((seen[key], kept))
+        return seen[key]
+
+    wanted = 1.0 - sparsity
+    low, high = 0.0, 1.0 - 1e-9
+    most = left(kept_at(high))
+    if most > wanted * (1 + _TOLERANCE):
+        raise ValueError(
+            f"{target} cannot be reduced by {sparsity:.0%}: with one unit left of each group that may be removed from, "
+            f"{1 - most:.0%} are gone; ask for less, or let more layers be removed from (include, exclude)"
+        )
+    for _ in range(_STEPS if count else 10):
+        middle = (low + high) / 2
+        now = left(kept_at(middle))
+        if abs(now - wanted) <= (0.0 if count else 0.01) * wanted:
+            break
+        low, high = (middle, high) if now > wanted else (low, middle)
+    enough = [entry for entry in tried if entry[0] <= wanted] if count else tried
+    best, kept = min(enough or tried, key=lambda entry: abs(entry[0] - wanted))
+    return kept, Reached(target, sparsity, 1.0 - best)
