@@ -112,7 +112,7 @@ def measured_latency(models: Sequence[Any], inputs: Mapping[str, Tensor], rounds
         for model in models:
             if hasattr(model.config, "use_cache"):
                 model.config.use_cache = False
-        return latencies(models, dict(inputs), rounds=rounds, seconds=0.05)
+        return latencies(models, dict(inputs), rounds=rounds, seconds=0.02)
     finally:
         for model, cache in zip(models, caches, strict=True):
             if cache is not None:
