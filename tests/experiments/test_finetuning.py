@@ -87,6 +87,8 @@ def test_a_rate_is_the_best_on_held_out_data_at_its_size_or_on_average() -> None
     rows.append(row(task="stories", part="dev", size=2.0, metric="loss", lr=1e-2, value=1.0))
     assert rate(rows, "sst2", Way("lora", 2.0)) == 3e-3  # the first other, not all together
     assert rate(rows, "trec", Way("full")) is None
+    four = [row(kind="qresu4", part="dev", size=0.5, lr=3e-4)]
+    assert rate(four, "trec", Way("qresu8", 0.5)) == 3e-4
     losses = [row(part="dev", metric="loss", lr=lr, value=value) for lr, value in ((1.0, 2.0), (2.0, 1.5))]
     assert rate(losses, "trec", Way("lora", 8.0)) == 2.0
 

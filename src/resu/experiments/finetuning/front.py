@@ -111,7 +111,9 @@ def rate(rows: Iterable[Row], task: str, way: Way) -> float | None:
     The average keeps a size in between from a rate that only one of the ends bears. Where the task was not tuned, what
     was found on the first that was counts. None: nothing was tried.
     """
-    tried = [row for row in rows if row.part == "dev" and row.kind == way.kind]
+    dev = [row for row in rows if row.part == "dev"]
+    kinds = (way.kind, KINDS[way.kind].like)
+    tried = next((some for kind in kinds if (some := [row for row in dev if row.kind == kind])), [])
     tried = [row for row in tried if row.task == task] or [row for row in tried if row.task == tried[0].task]
     tried = [row for row in tried if row.size == way.size] or tried
     values: dict[float, list[float]] = {}

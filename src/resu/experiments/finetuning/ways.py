@@ -46,6 +46,7 @@ class Kind:
         small: The same where layers are as small as those of stories260K; empty: the same.
         rates: Learning rates to choose from, on held-out data (``--tune``).
         eight_bits: Whether its optimizer keeps its state in 8 bits.
+        like: A kind whose tuned rates it takes where it was not tuned itself; empty: none.
     """
 
     label: str
@@ -54,6 +55,7 @@ class Kind:
     rates: tuple[float, ...]
     eight_bits: bool = False
     small: tuple[float, ...] = ()
+    like: str = ""
 
     def sizes_for(self, task: str) -> tuple[float, ...]:
         """The sizes that are compared on a task."""
@@ -170,7 +172,7 @@ KINDS: dict[str, Kind] = {
     "shira": Kind("SHiRA", partial(_adapt, make=_shira), (8, 32, 96), (3e-4, 1e-3, 3e-3), small=(2, 8, 16)),
     "super": Kind("Super-Tuning", partial(_adapt, make=_super), (0.01, 0.1, 0.5), (3e-4, 1e-3, 3e-3)),
     "resu": Kind("RESU", partial(_adapt, make=_resu), _LEVELS, _THETA),
-    "qresu8": Kind("QRESU 8 bits", partial(_resurrect, bits=8), _LEVELS, _THETA, True),
+    "qresu8": Kind("QRESU 8 bits", partial(_resurrect, bits=8), _LEVELS, _THETA, True, like="qresu4"),
     "qresu4": Kind("QRESU 4 bits", partial(_resurrect, bits=4), _LEVELS, _THETA, True),
     "selective": Kind("Selective 4 bits", partial(_resurrect, bits=4, selective=True), _LEVELS, (0.03, 0.1, 0.3)),
 }
