@@ -77,6 +77,10 @@ def test_calibrated_scores_keep_more_than_others(half, resu, stories, texts, tmp
         args = ("--heads", "0.5", "--ffn", "0.5", "--method", method, "--out", tmp_path / method)
         found[method] = document(resu, stories, *args, *with_data(texts))["evaluation"]["after"]
     assert half[1]["evaluation"]["before"] < min(found.values())
+    args = ("--heads", "0.5", "--ffn", "0.5", "--method", "activation", "--update", "least-squares")
+    fitted = document(resu, stories, *args, "--out", tmp_path / "fitted", *with_data(texts))
+    assert fitted["update"] == "least-squares"
+    assert fitted["evaluation"]["after"] < found["activation"]
     assert max(found["taylor"], found["activation"]) < min(found["l2"], found["random"])
 
 
@@ -224,6 +228,8 @@ def test_a_wrong_removal_writes_nothing(refused, stories, tmp_path, monkeypatch)
         (("--depth", "-1"), "--depth"),
         (("--ffn", "0.5", "--method", "taylor"), "'taylor' looks at data"),
         (("--ffn", "0.5", "--method", "wanda"), "known: activation, l1"),
+        (("--ffn", "0.5", "--update", "least-squares"), "calibration text"),
+        (("--ffn", "0.5", "--update", "squares"), "known: least-squares"),
         (("--ffn", "0.5", "--data", "absent.txt"), "--data absent.txt"),
         (("--ffn", "0.5", "--evaluate", "absent.txt"), "--evaluate absent.txt"),
         (("--ffn", "0.5", "--shape", "128"), "--shape"),

@@ -54,6 +54,9 @@ def command(
     evaluate: Annotated[
         Path | None, typer.Option(help="Text to measure quality on before and after; left out: --data.")
     ] = None,
+    update: Annotated[
+        str | None, typer.Option(help="least-squares: fit the layers that read what is left, on --data.")
+    ] = None,
     round_to: Annotated[int, typer.Option(min=1, help="The width that stays is a multiple of it.")] = 8,
     shape: Annotated[
         str | None,
@@ -95,6 +98,7 @@ def command(
             samples=samples,
             length=length,
             evaluate=evaluate,
+            update=update,
             round_to=round_to,
             batch=rows,
             tokens=tokens,

@@ -16,15 +16,15 @@ from resu.integrations.hf_text import read_texts
 from resu.integrations.shrink.activity import block_influences
 from resu.integrations.shrink.loading import load_pair
 from resu.integrations.shrink.measure import Costs, measured_latency, sample_inputs, smaller_copy
-from resu.integrations.shrink.plan import choose_blocks, choose_units, kept_counts
+from resu.integrations.shrink.plan import choose_blocks, kept_counts
 from resu.integrations.shrink.quality import BatchJudge, FileJudge
-from resu.integrations.shrink.removal import remove
 from resu.integrations.shrink.saving import save_shrunk
 from resu.integrations.shrink.scores import Calibration, score_units
 from resu.integrations.shrink.sensitivity import sensitivity
 from resu.integrations.shrink.settings import ShrinkConfig
 from resu.integrations.shrink.sizes import KEY, sizes_of
 from resu.integrations.shrink.targets import Target, solve_target
+from resu.integrations.shrink.transform import shrink_to
 from resu.pruning.structured.sizes import Latency
 
 __all__ = ["sensitivity_of_directory", "shrink_directory"]
@@ -88,27 +88,26 @@ def shrink_directory(
         tell = None if progress is None else (lambda what: progress(0, 1, what))
         fractions = solve_target(model, costs, inputs, config.target, fractions, config.free, blocks, tell)
     counts = kept_counts(costs.sites, fractions)
-    scores = score_units(model, config.score, Calibration(batches, config.seed, progress))
-    units = choose_units(scores, counts)
     # Which units go makes no difference to the time, and now there is still the model as it was to compare with.
     latency = measured_latency([model, smaller_copy(model, counts, blocks)], inputs, _ROUNDS)
-    verified = remove(model, units, blocks)
+    shrunk = shrink_to(model, counts, blocks, config.score, batches, config.update, config.seed, progress)
     after = Costs.of(model, inputs)
     report: dict[str, Any] = {
         "source": str(source),
         "method": config.score,
+        "update": config.update,
         "sizes": {"before": sizes, "after": sizes_of(model)},
         "blocks": list(range(len(sizes["ffn"]))) if blocks is None else blocks,
         "parameters": {"before": costs.parameters, "after": after.parameters},
         "macs": {"before": costs.macs, "after": after.macs},
         "latency": {"before": latency.seconds[0], "after": latency.seconds[1], "ratio": latency.ratios[1]},
         "inputs": list(inputs["input_ids"].shape),
-        "verified": verified,
+        "verified": shrunk.verified,
         "loads_with": "resu.load_shrunk" if hasattr(model.config, KEY) else "from_pretrained",
         "target": None if config.target is None else _reached(config.target, costs, after, latency),
         "round_to": config.round_to,
         "seed": config.seed,
-        "units": {name: kept.tolist() for name, kept in units.items()},
+        "units": {name: kept.tolist() for name, kept in shrunk.units.items()},
         "warnings": [],
     }
     if judge is not None:

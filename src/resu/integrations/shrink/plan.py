@@ -33,8 +33,11 @@ class Fractions:
     round_to: int = 1
 
     def __post_init__(self) -> None:
-        check_sparsity(float(self.heads), "heads")
-        check_sparsity(float(self.ffn), "ffn")
+        for name, value in (("heads", self.heads), ("ffn", self.ffn)):
+            if not isinstance(value, Fraction):
+                check_sparsity(value, name)
+            elif not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}; it is the fraction removed")
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 0:
             raise ValueError(f"depth is the number of blocks to remove, 0 or more; got {self.depth!r}")
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from resu.integrations.shrink.plan import Fractions
 from resu.integrations.shrink.scores import unit_scores
 from resu.integrations.shrink.targets import Target
+from resu.integrations.shrink.transform import check_update
 
 __all__ = ["ShrinkConfig"]
 
@@ -28,6 +29,7 @@ class ShrinkConfig:
         samples: Calibration samples.
         length: Tokens per sample; None: what the model was made for, at most 2048.
         evaluate: Text to measure quality on before and after; None: ``data``.
+        update: None, or ``"least-squares"``: the layers that read what is left are fitted on ``data``.
         round_to: The feed-forward width that stays is a multiple of it: odd widths can be slower than larger ones.
         batch: Rows of the inputs that multiply-adds and latency are measured on.
         tokens: Tokens of each row; None: 128, or what the model was made for.
@@ -46,6 +48,7 @@ class ShrinkConfig:
     samples: int = 128
     length: int | None = None
     evaluate: str | os.PathLike[str] | None = None
+    update: str | None = None
     round_to: int = 8
     batch: int = 1
     tokens: int | None = None
@@ -57,6 +60,7 @@ class ShrinkConfig:
         if self.data is None and (needs or self.depth):
             what = f"{self.score!r} looks" if needs else "depth is decided by looking"
             raise ValueError(f"{what} at data: give a calibration text, a .txt or .jsonl file")
+        check_update(self.update, self.data)
         if self.target is not None and not self.free:
             raise ValueError("heads and ffn are both given, so nothing is left to meet the target with; leave one out")
 
