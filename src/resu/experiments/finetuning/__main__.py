@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from resu.experiments.finetuning.front import TITLES, draw_front, points, table
+from resu.experiments.finetuning.front import draw_front, page, points
 from resu.experiments.finetuning.run import Row
 from resu.experiments.finetuning.runs import jobs, one
 from resu.experiments.finetuning.tasks import TASKS, load_task
@@ -60,12 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         spread(one, shared, todo, given.jobs, tell)
     if given.out is not None and not given.tune:
-        found = points(read(given.csv, Row))
-        names = list(dict.fromkeys(point.task for point in found))
-        parts = [f"### {TITLES[name]}\n\n{table([p for p in found if p.task == name])}\n" for name in names]
+        rows = read(given.csv, Row)
         given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "finetuning_front.md").write_text("\n".join(parts), encoding="utf-8")
-        (given.out / "finetuning_front.png").write_bytes(to_png(draw_front(found)))
+        (given.out / "finetuning_front.md").write_text(page(rows), encoding="utf-8")
+        (given.out / "finetuning_front.png").write_bytes(to_png(draw_front(points(rows))))
         print(f"wrote {given.out / 'finetuning_front.md'} and .png")
 
 

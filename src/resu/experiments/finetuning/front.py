@@ -14,7 +14,7 @@ from resu.experiments.plots import COLOURS, MARKERS, legend_below, new_figure, t
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["OURS", "Point", "draw_front", "front", "points", "rate", "table"]
+__all__ = ["OURS", "Point", "draw_front", "front", "page", "points", "rate", "table"]
 
 #: Kinds whose method is resurrection.
 OURS = ("resu", "qresu8", "qresu4", "selective")
@@ -140,6 +140,35 @@ def table(found: Sequence[Point]) -> str:
         bold = id(point) in first
         lines.append("| " + " | ".join(f"**{cell}**" if bold else cell for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The Markdown page of all tasks: how it was made, the plot, a table per task."""
+    found = points(rows)
+    parts = [
+        "# Accuracy against memory: fine-tuning measured\n\n"
+        "`python -m resu.experiments.finetuning` writes this page. Each row is one way to fine-tune: *trained* values; "
+        "*state*, what is held between steps (weights, codes, masks, θ, adapters, optimizer state); *peak*, the most "
+        "that is held in a step on the largest batch; *lean peak*, the same with gradient checkpointing and updates in "
+        "the backward pass; quality on the test part, mean ± standard deviation over seeds. **Bold**: no other way is "
+        "as good in as little lean peak. Rates were chosen on held-out data. What ways mean: {doc}`finetune`.\n\n"
+        "![Quality against memory](finetuning_front.png)\n"
+    ]
+    for name in dict.fromkeys(point.task for point in found):
+        test = [row for row in rows if row.task == name and row.part == "test"]
+        weighed = [row for row in rows if row.task == name and (row.part == "memory" or row.state_bytes)]
+        steps = ", ".join(str(n) for n in sorted({row.steps for row in test}))
+        parts.append(
+            f"## {TITLES[name]}\n\n{len(test)} runs of {steps} steps, on {_devices(test)}; memory measured on "
+            f"{_devices([row for row in weighed if row.part == 'memory'] or weighed)}.\n\n"
+            f"{table([point for point in found if point.task == name])}\n"
+        )
+    return "\n".join(parts)
+
+
+def _devices(rows: Sequence[Row]) -> str:
+    names = dict.fromkeys("the CPU" if row.device == "cpu" else f"an {row.device}" for row in rows)
+    return " and ".join(names) or "nothing"
 
 
 def draw_front(found: Sequence[Point], memory: str = "lean") -> Figure:
