@@ -19,7 +19,7 @@ Labels = list[Tensor]
 
 
 def _fixed(watcher: Watcher, labels: Labels, dims: Sequence[int], why: str) -> Labels:
-    """Components without those along ``dims``, which are fixed."""
+    """Fix components along ``dims``; the others. Fixed ones may flow on: the reason then reaches whatever they meet."""
     inside, others = apart(watcher.units, labels, dims)
     for c in inside:
         watcher.units.fix(c, f"{why}, at {watcher.place}")
@@ -155,11 +155,12 @@ def _layer_norm(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -
     x, shape, *affine = args
     dims = range(x.ndim - len(shape), x.ndim)
     why = "a norm's statistics go over it"
-    left = _fixed(watcher, watcher.labels_of(x), dims, why)
+    labels = watcher.labels_of(x)
+    _fixed(watcher, labels, dims, why)
     for vector in affine:
         if isinstance(vector, Tensor):
             watcher.fix([vector], f"{why}, at {watcher.place}")
-    put(watcher, out if isinstance(out, Tensor) else out[0], left)
+    put(watcher, out if isinstance(out, Tensor) else out[0], labels)
 
 
 @rule("native_group_norm")
@@ -184,9 +185,12 @@ def _group_norm(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -
 def _weight_norm(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     v, g, dim = (*args, 0)[:3]
     others = [d for d in range(v.ndim) if d != dim]
-    left = _fixed(watcher, watcher.labels_of(v), others, "weight norm divides by a norm over it")
-    rows = Operand(tuple(n if d == dim else 1 for d, n in enumerate(v.shape)), left)
-    put(watcher, out[0], merge(watcher.units, [rows, watcher.operand(g)], f"weight norm at {watcher.place}"))
+    labels = watcher.labels_of(v)
+    rows = _fixed(watcher, labels, others, "weight norm divides by a norm over it")
+    columns = [c for c in labels if all(c is not r for r in rows)]
+    lengths = Operand(tuple(n if d == dim else 1 for d, n in enumerate(v.shape)), rows)
+    merged = merge(watcher.units, [lengths, watcher.operand(g)], f"weight norm at {watcher.place}")
+    put(watcher, out[0], merged + columns)
 
 
 # -- tables and recurrences
@@ -291,9 +295,10 @@ def _along(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> Non
     names = [a.name for a in func._schema.arguments]
     bound = {**dict(zip(names, args, strict=False)), **kwargs}
     dims = _dims(bound.get("dim", bound.get("dims", -1)), x.ndim)
-    labels = _fixed(watcher, watcher.labels_of(x), dims, f"{func.overloadpacket.__name__} goes along it")
+    labels = watcher.labels_of(x)
+    others = _fixed(watcher, labels, dims, f"{func.overloadpacket.__name__} goes along it")
     for leaf in out if isinstance(out, (tuple, list)) else [out]:
-        put(watcher, leaf, labels)
+        put(watcher, leaf, labels if leaf.shape == x.shape else others)
 
 
 @rule("tril", "triu")
