@@ -307,12 +307,6 @@ def test_evaluations_and_progress_on_the_way(place: Path, tmp_path: Path) -> Non
     assert [done for done, total, what in seen if what.startswith("training")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_sharding_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="under FSDP is not supported"):
-        finetune(settings(place), tmp_path / "out")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["resu", "qresu-selective", "masked"])
 def test_two_processes_agree_and_resume(place: Path, tmp_path: Path, method: str) -> None:

@@ -114,6 +114,9 @@ def command(
     gradient_checkpointing: Annotated[
         bool, _option(_TRAIN, "Compute activations twice instead of keeping them.", "--gradient-checkpointing")
     ] = False,
+    shard: Annotated[
+        bool, _option(_TRAIN, "Processes divide the model among them (FSDP2); for torchrun.", "--shard")
+    ] = False,
     save_steps: Annotated[int | None, _option(_RUN, "A checkpoint after so many steps.")] = None,
     evaluate_steps: Annotated[int | None, _option(_RUN, "An evaluation after so many steps.")] = None,
     compare: Annotated[bool, _option(_RUN, "Evaluate the model also as it was and as it is saved.")] = True,
@@ -129,7 +132,8 @@ def command(
 
     The folder gets what from_pretrained loads, masks.safetensors where the result is sparse, log.csv, and run.json with
     settings, evaluation before and after, and memory. OUT.training beside it holds checkpoints while it trains, also
-    after Ctrl-C. Under torchrun each process takes its part of every batch.
+    after Ctrl-C. Under torchrun each process takes its part of every batch, and with --shard they divide the
+    model among them too (FSDP2).
     """
     # The allocator tells torch's log of blocks from before a measurement; read before torch is loaded.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -35,7 +35,7 @@ from resu.core.mask import SparseMask, apply_all_
 from resu.core.optimizer_state import clear_state
 from resu.core.sharding import is_sharded, local
 
-__all__ = ["Constraint", "GradientObserver", "is_held"]
+__all__ = ["Constraint", "GradientObserver", "constraints_on", "is_held"]
 
 # By id of the parameter, so that a step looks at its own parameters alone, however many networks there are.
 _live: dict[int, list[weakref.ref[Constraint]]] = {}
@@ -239,10 +239,10 @@ class Constraint:
 
 def is_held(parameter: Tensor, except_for: Constraint | None = None) -> bool:
     """Whether a live constraint (another than ``except_for``) holds positions of this parameter."""
-    return any(constraint is not except_for for constraint in _of(parameter))
+    return any(constraint is not except_for for constraint in constraints_on(parameter))
 
 
-def _of(parameter: Tensor) -> list[Constraint]:
+def constraints_on(parameter: Tensor) -> list[Constraint]:
     """The live constraints on a parameter."""
     known = _live.get(id(parameter))
     if known is None:
@@ -268,7 +268,11 @@ def _owned(optimizer: Optimizer) -> list[tuple[Constraint, dict[str, Any]]]:
     if not _live:
         return []
     return [
-        (one, group) for group in optimizer.param_groups for p in group["params"] if id(p) in _live for one in _of(p)
+        (one, group)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in _live
+        for one in constraints_on(p)
     ]
 
 

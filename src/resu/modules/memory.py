@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resu.core.counting import keep_count
+from resu.core.mask import SparseMask
 from resu.core.quantization import SCHEMES, check_bits
+from resu.core.sharding import is_sharded, local, part_of
 from resu.modules.base import RESUModule
 from resu.modules.convert import get_resu_modules
 from resu.modules.settings import RESUMode
@@ -113,7 +115,8 @@ def _human(size: int) -> str:
 
 
 def _size(x: Any) -> int:
-    return x.nbytes if isinstance(x, Tensor) else 0
+    """Bytes here: of a sharded tensor those of its local part."""
+    return local(x).nbytes if isinstance(x, Tensor) else 0
 
 
 def _state(optimizer: Optimizer | None, parameter: Tensor) -> int:
@@ -131,8 +134,9 @@ def _layer(name: str, layer: RESUModule, optimizer: Optimizer | None, seen: set[
         weight = layer.weight
         if layer.mode is RESUMode.RESU:
             assert mask is not None
-            size["theta"] = mask.n_pruned * weight.element_size()
-        size["active"] = weight.nbytes - size["theta"]
+            here = SparseMask(part_of(mask.mask, weight)) if is_sharded(weight) else mask
+            size["theta"] = here.n_pruned * weight.element_size()
+        size["active"] = _size(weight) - size["theta"]
     else:
         size["theta"] = _size(layer.theta)
     size["codes"] = _size(layer.codes)
@@ -150,12 +154,12 @@ def _layer(name: str, layer: RESUModule, optimizer: Optimizer | None, seen: set[
         size["gradients"] += _size(parameter.grad)
         size["optimizer"] += _state(optimizer, parameter)
         if parameter is layer.bias:
-            size["other"] += parameter.nbytes
+            size["other"] += _size(parameter)
     return LayerMemory(name or "(model)", layer.mode.name, layer.weight_shape.numel(), layer.sparsity, size)
 
 
 def memory_report(model: nn.Module, optimizer: Optimizer | None = None) -> MemoryReport:
-    """Bytes that the tensors of ``model`` and ``optimizer`` hold now, by layer and kind.
+    """Bytes that the tensors of ``model`` and ``optimizer`` hold in this process now, by layer and kind.
 
     Resurrection layers are listed one by one, everything else in one row. Each tensor counts once. What
     exists only during a step (activations, a tile of weights) is not in it.
@@ -180,7 +184,7 @@ def memory_report(model: nn.Module, optimizer: Optimizer | None = None) -> Memor
     for parameter in model.parameters():
         if id(parameter) not in seen:
             seen.add(id(parameter))
-            rest["other"] += parameter.nbytes
+            rest["other"] += _size(parameter)
             rest["gradients"] += _size(parameter.grad)
             rest["optimizer"] += _state(optimizer, parameter)
     known = {id(b) for layer in modules.values() for b in layer._buffers.values()}

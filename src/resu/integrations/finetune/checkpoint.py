@@ -9,17 +9,30 @@ from torch import Tensor, nn
 
 from resu.core.io import FileFormatError, naming, replacing
 from resu.core.mask_files import write_safetensors
+from resu.core.sharding import local, whole
 
 __all__ = ["STATE_FILE", "read_state", "write_state"]
 
 STATE_FILE = "model.safetensors"
 
 
-def write_state(model: nn.Module, folder: Path) -> None:
-    """Write ``model.state_dict()``; a tensor that has several names is written once."""
+def write_state(model: nn.Module, folder: Path, *, writes: bool = True) -> None:
+    """Write ``model.state_dict()``; a tensor that has several names is written once.
+
+    Args:
+        model: Where it is sharded, every process must call this, for parameters are gathered one by one.
+        folder: Where to.
+        writes: Whether this process is the one that writes.
+    """
     state = model.state_dict()
     first = _first_names(state)
-    kept = {name: value.detach().cpu().contiguous() for name, value in state.items() if first[name] == name}
+    kept: dict[str, Tensor] = {}
+    for name, value in state.items():
+        full = whole(value.detach())
+        if writes and first[name] == name:
+            kept[name] = full.cpu().contiguous()
+    if not writes:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / STATE_FILE, overwrite=True) as temporary:
         write_safetensors(kept, temporary, {"format": "pt"})
@@ -61,6 +74,7 @@ def _first_names(state: dict[str, Tensor]) -> dict[str, str]:
     seen: dict[tuple[object, ...], str] = {}
     found: dict[str, str] = {}
     for name, value in state.items():
-        place = (name,) if not value.numel() else (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        here = local(value)
+        place = (name,) if not here.numel() else (here.data_ptr(), value.shape, value.stride(), value.dtype)
         found[name] = seen.setdefault(place, name)
     return found

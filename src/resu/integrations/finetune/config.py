@@ -103,6 +103,8 @@ class FinetuneConfig:
         dtype: Of the weights; None: as stored.
         autocast: ``bfloat16``: products in it; None: none.
         gradient_checkpointing: Whether activations are computed a second time instead of kept.
+        shard: Whether several processes divide parameters, gradients and optimizer state among them (FSDP2) instead of
+            each having all. The source is read whole by each, and the result made whole in each.
         save_steps: A checkpoint after so many steps; None: at an interrupt only.
         evaluate_steps: An evaluation after so many; None: before and after only.
         compare: Whether the model is also evaluated as its source has it and as it is saved, both dense, which takes
@@ -156,6 +158,7 @@ class FinetuneConfig:
     dtype: str | None = None
     autocast: str | None = None
     gradient_checkpointing: bool = False
+    shard: bool = False
     save_steps: int | None = None
     evaluate_steps: int | None = None
     compare: bool = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resu.core.sharding import is_sharded
 from resu.integrations.finetune.batches import IGNORED, Collator
 from resu.integrations.finetune.data import Row
 
@@ -25,7 +26,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and metric of a model on samples; every token or sample that counts has equal weight.
 
-    Under several processes each takes its part of the batches, and all get the same result.
+    Under several processes each takes its part of the batches, and all get the same result. Of a sharded model all run
+    equally often, since each call gathers weights from all.
 
     Args:
         model: Its output has ``logits``; its mode is as before afterwards.
@@ -45,18 +47,22 @@ def evaluate(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # like lengths together: little padding
     chunks = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     rank, world = _place()
+    sharded = any(is_sharded(p) for p in model.parameters())
     sums = torch.zeros(3, dtype=torch.float64)
     model.eval()
     try:
-        with torch.inference_mode():
-            for done, chunk in enumerate(chunks):
-                if done % world == rank:
-                    batch = fixed([rows[i] for i in chunk])
+        # Weights gathered in inference mode could not be trained with later.
+        with torch.no_grad() if sharded else torch.inference_mode():
+            for start in range(0, len(chunks), world):
+                mine = start + rank
+                if mine < len(chunks) or sharded:
+                    batch = fixed([rows[i] for i in chunks[min(mine, len(chunks) - 1)]])
                     labels = batch.pop("labels").to(device)
                     logits = model(**{k: v.to(device) for k, v in batch.items()}).logits
-                    sums += _sums(logits, labels, fixed.task).cpu()
+                    if mine < len(chunks):
+                        sums += _sums(logits, labels, fixed.task).cpu()
                 if progress is not None:
-                    progress(done + 1, len(chunks), "evaluating")
+                    progress(min(start + world, len(chunks)), len(chunks), "evaluating")
     finally:
         model.train(training)
     loss, right, count = _over_processes(sums, device).tolist()

@@ -17,14 +17,17 @@ from resu.core.mask_files import write_masks
 from resu.core.randomness import derived_seed
 from resu.integrations.finetune.batches import Collator
 from resu.integrations.finetune.callbacks import Interrupted, Interrupts, LogFile, MemoryWatch, ShownProgress
+from resu.integrations.finetune.checkpoint import read_state
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.data import Examples, Row, has_labels, label_names, read_examples, rows_of, split
 from resu.integrations.finetune.evaluate import METRICS, evaluate
+from resu.integrations.finetune.launch import as_launched, own_sharding, processes
 from resu.integrations.finetune.masks import settle_masks, target_names
 from resu.integrations.finetune.model import MASK_FILE, LoadedModel, load_for_task, settle_task, usual_length
 from resu.integrations.finetune.prepared import Masks, Prepared, prepare, trained_values
 from resu.integrations.finetune.save import ADAPTER, LOG, save_adapter, save_run
-from resu.integrations.finetune.trainer import FinetuneTrainer, make_arguments, make_trainer, refuse_sharding
+from resu.integrations.finetune.sharding import Sharding, shard
+from resu.integrations.finetune.trainer import FinetuneTrainer, make_arguments, make_trainer
 from resu.integrations.finetune.work import Work
 from resu.integrations.folders import check_apart, check_free
 from resu.integrations.hf import check_directory, quiet
@@ -46,7 +49,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a Hugging Face directory into a new one that ``from_pretrained`` loads.
 
-    Under ``torchrun`` every process takes its part of each batch, and the first one writes.
+    Under ``torchrun`` every process takes its part of each batch, and the first one writes. With ``config.shard``, or
+    under ``accelerate launch --use_fsdp --fsdp_version 2``, they divide the model among them while it trains (FSDP2).
 
     Args:
         config: What, on what, how.
@@ -69,14 +73,14 @@ def finetune(
         Interrupted: If it was stopped; a checkpoint is there.
         FloatingPointError: If the loss is no finite number.
     """
-    refuse_sharding()
+    config = as_launched(config)
     if keep_adapter and config.method not in ("lora", "sparse-lora"):
         raise ValueError(f"{config.method!r} trains no adapter that could be kept; lora and sparse-lora do")
     mask = None if config.mask in (None, "zeros") else config.mask
     check_apart(out, config.source, config.data, config.validation, mask)
     check_free(out, overwrite=overwrite)
     work = Work(out, config, resume=resume, overwrite=overwrite)
-    with quiet():
+    with quiet(), own_sharding():
         job = _Job.read(config, work, progress)
         try:
             report = job.train()
@@ -105,6 +109,7 @@ class _Job:
     progress: Progress | None
     parameters: int
     prepared: Prepared | None = None
+    sharding: Sharding | None = None
     interrupts: Interrupts | None = None
 
     @classmethod
@@ -128,8 +133,7 @@ class _Job:
             rows_of(loaded.tokenizer, part, length, names=names, strung=strung) for part in (train, held_out)
         )
         collator = Collator(loaded.tokenizer, config.task, config.seed)
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        each = math.ceil(math.ceil(len(rows) / (config.batch_size * world)) / config.accumulate)
+        each = math.ceil(math.ceil(len(rows) / (config.batch_size * processes())) / config.accumulate)
         steps = config.steps or max(1, math.ceil(config.epochs * each))
         arguments = make_arguments(config, work.folder, steps)
         parameters = sum(p.numel() for p in loaded.model.parameters())
@@ -137,7 +141,8 @@ class _Job:
 
     def measure(self, model: Any) -> dict[str, float]:
         """Loss and metric of a model on the validation samples."""
-        model.to(self.arguments.device)
+        if self.sharding is None:
+            model.to(self.arguments.device)
         return evaluate(model, self.validation, self.collator, self.config.batch_size, self.progress)
 
     def train(self) -> dict[str, Any]:
@@ -165,6 +170,12 @@ class _Job:
             # The older name is about to go.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        trained = trained_values(self.prepared)
+        checkpoint = self.work.checkpoint()
+        if config.shard:
+            if checkpoint is not None:
+                read_state(self.prepared.model, checkpoint)
+            self.sharding = shard(self.prepared, self.arguments.device)
         if before is None:
             before = {"source": source, "start": self.measure(self.prepared.model)}
             if self.arguments.should_save:
@@ -177,18 +188,22 @@ class _Job:
                 with warnings.catch_warnings():
                     # accelerate hands DDP an option by the name that torch is about to change
                     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-                    trainer.train(resume_from_checkpoint=_text(self.work.checkpoint()))
+                    trainer.train(resume_from_checkpoint=_text(checkpoint))
             finally:
                 memory.close()
             if self.interrupts.stopped_at is not None:
                 raise Interrupted(f"stopped after step {self.interrupts.stopped_at} of {self.arguments.max_steps}")
+        end = self.measure(self.prepared.model)
+        if self.sharding is not None:
+            self.sharding.gather()
+            self.sharding = None
         return {
             "method": config.method,
             "task": config.task,
             "labels": self.names,
             "settings": config.to_json(),
-            "evaluation": {"metric": METRICS[config.task], **before, "end": self.measure(self.prepared.model)},
-            "trained": trained_values(self.prepared),
+            "evaluation": {"metric": METRICS[config.task], **before, "end": end},
+            "trained": trained,
             "parameters": self.parameters,
             "memory": memory.report(),
             "steps": trainer.state.global_step,

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from resu.core.sharding import whole
 from resu.integrations.finetune.batches import Collator
 from resu.integrations.finetune.checkpoint import read_state, write_state
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.data import Row
 from resu.integrations.finetune.evaluate import evaluate
+from resu.integrations.finetune.loss import mean_loss
+from resu.integrations.finetune.optimizer_parts import read_part, write_part
 from resu.integrations.finetune.optimizers import make_optimizer, trained
 from resu.integrations.finetune.prepared import Prepared
 from resu.modules.base import RESUModule
+from resu.training.wrappers import plain_optimizer
 
 try:
     import accelerate  # noqa: F401
@@ -27,15 +31,15 @@ except ImportError as error:
         "this needs transformers and accelerate: pip install 'resu-torch[hf,accelerate]'", name=error.name
     ) from error
 
-__all__ = ["FinetuneTrainer", "make_arguments", "make_trainer", "refuse_sharding"]
+__all__ = ["FinetuneTrainer", "make_arguments", "make_trainer"]
 
 _LOGS = 100  # lines in a whole run
 _NEVER = 10**12
+_SCHEDULER = "scheduler.pt"  # as the Trainer calls it
 
 
 def make_arguments(config: FinetuneConfig, work: Path, steps: int) -> TrainingArguments:
     """The arguments of the Trainer that a configuration comes to."""
-    refuse_sharding()
     use_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -70,23 +74,11 @@ def make_arguments(config: FinetuneConfig, work: Path, steps: int) -> TrainingAr
     return arguments
 
 
-def refuse_sharding() -> None:
-    """Stop where accelerate was told to shard the model.
-
-    Raises:
-        ValueError: Under FSDP and DeepSpeed.
-    """
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
-            raise ValueError(
-                f"fine-tuning under {name} is not supported: codes, masks and θ of a layer lie whole in every process. "
-                "Use torchrun, or accelerate launch without it, for data-parallel training; Sparsifier trains sharded "
-                "models (FSDP2)"
-            )
-
-
 class FinetuneTrainer(Trainer):
     """Trains what a method prepared, and measures as :func:`resu.integrations.finetune.evaluate.evaluate` does.
+
+    A model that is sharded (:mod:`resu.integrations.finetune.sharding`) is taken as it is: accelerate neither moves nor
+    wraps it, and a checkpoint has been read before.
 
     Checkpoints hold the state of the model in its present modes (:mod:`resu.integrations.finetune.checkpoint`), and a
     run that goes on from one equals one that was never stopped, bit for bit.
@@ -120,11 +112,59 @@ class FinetuneTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the state of the model into a checkpoint."""
-        if self.args.should_save:
-            write_state(self.prepared.model, Path(output_dir or str(self.args.output_dir)))
+        if self.config.shard or self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            write_state(self.prepared.model, folder, writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        read_state(self.prepared.model, Path(resume_from_checkpoint))
+        if not self.config.shard:
+            read_state(self.prepared.model, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.config.shard:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        write_part(self._plain_optimizer(), Path(output_dir), self.args.process_index, self.args.world_size)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.config.shard or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        read_part(self._plain_optimizer(), Path(checkpoint), self.args.process_index, self.args.world_size)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:  # the file that says that a checkpoint is whole comes next
+            torch.distributed.barrier()
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return plain_optimizer(self.optimizer)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.config.shard:
+            super()._move_model_to_device(model, device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return _number(super()._clip_grad_norm(model))  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return _number(super()._get_grad_norm(model, grad_norm=grad_norm))  # type: ignore[no-untyped-call]
+
+    def take_sharded(self) -> None:
+        """Have accelerate add autocast to a sharded model, and nothing else."""
+        model = self.prepared.model
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        model._is_accelerate_prepared = True
+
+
+def _number(norm: Any) -> Any:
+    """A norm over parts of all processes as a plain tensor."""
+    return whole(norm) if isinstance(norm, torch.Tensor) else norm
 
 
 class _Epochs(TrainerCallback):
@@ -171,7 +211,10 @@ def make_trainer(
         args=arguments,
         train_dataset=list(rows),
         eval_dataset=list(validation),
+        compute_loss_func=None if collator.task == "causal-lm" else mean_loss,
         callbacks=[_Epochs(collator, prepared.self_updating, config), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    if config.shard:
+        trainer.take_sharded()
     return trainer
