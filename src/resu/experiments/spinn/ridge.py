@@ -1,0 +1,48 @@
+"""Ridge regression on the same inputs: what a network has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resu.experiments.spinn.recording import SPREAD, Prepared
+
+__all__ = ["ridge", "ridge_weights"]
+
+PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+
+def ridge_weights(inputs: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """``(w, b)`` that minimize ``|x w + b − y|² + penalty·|w|²``; b is not penalized.
+
+    Args:
+        inputs: ``[rows, features]`` float64.
+        targets: ``[rows, channels]`` float64.
+        penalty: > 0.
+
+    Returns:
+        ``[features, channels]`` and ``[channels]``.
+    """
+    x, y = inputs - inputs.mean(0), targets - targets.mean(0)
+    w = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
+    return w, targets.mean(0) - inputs.mean(0) @ w
+
+
+def ridge(data: Prepared) -> tuple[Tensor, float]:
+    """Predictions for all rows, ``[rows, channels]``, and the penalty that was best on the validation part.
+
+    The penalty is chosen by a fit to the training part; the final fit has the validation part too, which networks
+    do not train on: the stronger opponent.
+    """
+    x, y = data.inputs.double() / SPREAD, data.targets.double()
+    best = PENALTIES[2]
+    if len(data.val):
+        spread = y[data.train].var(0)
+        found = {}
+        for penalty in PENALTIES:
+            w, b = ridge_weights(x[data.train], y[data.train], penalty)
+            found[penalty] = float(((x[data.val] @ w + b - y[data.val]).square().mean(0) / spread).mean())
+        best = min(found, key=lambda p: found[p])
+    rows = torch.cat([data.train, data.val])
+    w, b = ridge_weights(x[rows], y[rows], best)
+    return (x @ w + b).float(), best
