@@ -88,7 +88,7 @@ def loadable_class(kind: Any, directory: str | os.PathLike[str], config: dict[st
         ValueError: If an ``AutoModelFor…`` has no class for the architecture.
     """
     stated = check_directory(directory) if config is None else config
-    if KEY not in stated:
+    if KEY not in stated or getattr(kind, "resizes", False):
         return kind
     if (mapping := getattr(kind, "_model_mapping", None)) is not None:
         from transformers import AutoConfig

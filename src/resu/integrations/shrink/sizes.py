@@ -46,7 +46,8 @@ def shrunk_class(kind: Any) -> Any:
         resize(self, getattr(config, KEY, None))
         self.__class__ = kind  # nothing of ours is left in it
 
-    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    own = {"__init__": build, "__module__": kind.__module__, "__doc__": kind.__doc__, "resizes": True}
+    return type(kind.__name__, (kind,), own)
 
 
 def resize(model: Any, stated: Any) -> None:
