@@ -75,6 +75,7 @@ def choose_units(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dic
         counts: ``{site name: how many stay}``.
 
     Example:
+        >>> import torch
         >>> choose_units({"mlp": torch.tensor([1.0, 3.0, 1.0, 2.0])}, {"mlp": 3})
         {'mlp': tensor([0, 1, 3])}
     """
