@@ -1,8 +1,12 @@
 """`resu shrink` on real models: exact, loadable, faster, and clear about what it refuses."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,8 @@ from resu.integrations.hf import load_model
 from resu.integrations.hf_evaluate import embedding_cosine, perplexity, sentence_embeddings
 from resu.integrations.shrink.loading import load_pair, load_shrunk
 from resu.integrations.shrink.sizes import sizes_of
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def document(resu, *args):
@@ -237,11 +243,14 @@ def test_a_wrong_removal_writes_nothing(refused, stories, tmp_path, monkeypatch)
         (("--ffn", "0.5", "--round-to", "0"), "--round-to"),
         (("--ffn", "0.5", "--device", "warp"), "--device warp"),
         (("--dry-run",), "calibration text"),
+        (("--ffn", "0.5", "--data", "table.csv"), "is a table"),
     ],
 )
-def test_bad_options(refused, stories, tmp_path, args, says):
+def test_bad_options(refused, stories, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text("text,label\na,b\n")
     assert re.search(says, refused("shrink", stories, *args, "--out", tmp_path / "out"))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
 
 
 def test_bad_directories(refused, stories, texts, tmp_path):
@@ -320,3 +329,27 @@ def test_a_latency_is_met_on_this_machine(resu, minilm, tmp_path):
     assert report["target"]["reached"] == report["latency"]["ratio"]
     assert abs(report["target"]["reached"] / 0.5 - 1) < 0.1  # 5 % where the machine is quiet
     assert sizes_of(load_shrunk(tmp_path / "out")) == report["sizes"]["after"]
+
+
+@pytest.mark.slow
+def test_the_guide_runs_as_it_stands(data_folder, tmp_path):
+    """Every bash block of the guide that is marked, in one shell, on the small model."""
+    data = data_folder("model_stories260K").parent
+    page = (REPO / "docs" / "shrink.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- runs in CI -->\n```bash\n(.*?)```", page, flags=re.DOTALL)
+    assert blocks
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RESU_DATA": str(data),
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert "equals the masked model" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,9 +67,16 @@ def save_shrunk(
             "bytes": sum(weights.nbytes(name) for name in weights.names),
             "warnings": [*report.get("warnings", ()), *warnings],
         }
-        text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_finite(written), indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / "pruning.json").write_text(text + "\n", encoding="utf-8")
     return written
+
+
+def _finite(value: Any) -> Any:
+    """Infinities (the perplexity of a model that was ruined) as null, which any parser reads."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def changed_config(stated: Mapping[str, Any], before: Mapping[str, Any], config: Any) -> dict[str, Any]:

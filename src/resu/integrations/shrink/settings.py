@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from fractions import Fraction
 
+from resu.integrations.hf_text import kind_of
 from resu.integrations.shrink.plan import Fractions
 from resu.integrations.shrink.scores import unit_scores
 from resu.integrations.shrink.targets import Target
@@ -61,6 +62,8 @@ class ShrinkConfig:
             what = f"{self.score!r} looks" if needs else "depth is decided by looking"
             raise ValueError(f"{what} at data: give a calibration text, a .txt or .jsonl file")
         check_update(self.update, self.data)
+        if self.data is not None and kind_of(self.data) in (".csv", ".tsv"):
+            raise ValueError(f"{self.data} is a table; give the calibration text as .txt or .jsonl (tables: evaluate)")
         if self.target is not None and not self.free:
             raise ValueError("heads and ffn are both given, so nothing is left to meet the target with; leave one out")
 
