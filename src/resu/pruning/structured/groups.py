@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,12 @@ from resu.pruning.structured.trace import Trace, trace
 __all__ = ["Group", "Structure", "find_structure"]
 
 Place = tuple[str, int]
+# Names of attributes that may hold a width. Others of the same value (classes, layers) mean something else.
+_SIZE = re.compile(
+    r"^(?!.*(class|vocab|kernel|patch|image|window|batch|layer))"
+    r".*(head|hidden|channel|feature|width|dim|inner|plane|group|flat|embed|filter|size|unit|neuron)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,8 @@ class Structure:
     ) -> dict[str, dict[str, Any]]:
         """Attributes that follow: counts of layers of torch; for ``guessed`` groups, sizes that other modules hold.
 
-        A module whose code was seen to use a size of 64, and which has an attribute of 64, gets what is left of the 64.
-        Whether that was meant is for the verification to say.
+        A module whose code was seen to use a size of 64, and which has an attribute of 64 with the name of a width or
+        a count of heads, gets what is left of the 64. Whether that was meant is for the verification to say.
         """
         result: dict[str, dict[str, Any]] = {}
         units, gone = self.trace.units, self._gone(kept)
@@ -100,7 +107,7 @@ class Structure:
         for size in self.trace.sizes if len(gone) else ():
             now = int((~torch.isin(units.roots(size.labels), gone)).sum())
             for attribute, value in vars(model.get_submodule(size.module_name)).items():
-                if type(value) is int and value == size.size and now != value:
+                if type(value) is int and value == size.size and now != value and _SIZE.search(attribute):
                     wanted.setdefault((size.module_name, attribute), set()).add(now)
         for (module_name, attribute), values in wanted.items():
             if len(values) == 1:

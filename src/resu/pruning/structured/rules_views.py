@@ -210,8 +210,8 @@ def _index(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     inside, rest = apart(watcher.units, watcher.labels_of(x), dims)
     for c in inside:
         watcher.units.fix(c, f"it is indexed, at {watcher.place}")
-    full = [c.expand(x.shape).contiguous() for c in rest]
-    moved = [watcher.units.compact(func(c, *args[1:], **kwargs)) for c in full]
+    full = [c.expand(x.shape).contiguous().to(x.device) for c in rest]
+    moved = [watcher.units.compact(func(c, *args[1:], **kwargs).cpu()) for c in full]
     watcher.put(out, [c for c in moved if c is not None])
 
 

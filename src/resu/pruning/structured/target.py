@@ -99,6 +99,18 @@ def meet_target(
         if abs(now - wanted) <= (0.0 if count else 0.01) * wanted:
             break
         low, high = (middle, high) if now > wanted else (low, middle)
+    if count:
+        _between(kept_at(low), kept_at(high), left, wanted)
     enough = [entry for entry in tried if entry[0] <= wanted] if count else tried
     best, kept = min(enough or tried, key=lambda entry: abs(entry[0] - wanted))
     return kept, Reached(target, sparsity, 1.0 - best)
+
+
+def _between(more: Kept, fewer: Kept, left: Callable[[Kept], float], wanted: float) -> None:
+    """Try what lies between two neighbours: as many groups as are needed take their fewer units."""
+    differ = [name for name in more if not bool((more[name] == fewer[name]).all())]
+    low, high = 0, len(differ)
+    while high - low > 1:
+        middle = (low + high) // 2
+        mixed = {name: fewer[name] if name in differ[:middle] else more[name] for name in more}
+        low, high = (middle, high) if left(mixed) > wanted else (low, middle)
