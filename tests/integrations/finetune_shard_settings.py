@@ -10,12 +10,13 @@ from tests.integrations.finetune_models import directory, labelled_file, text_fi
 
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"kind": "llama", "accumulate": 2},
-    "masked": {"kind": "bert", "evaluate_steps": 2},
+    "masked": {"kind": "bert", "evaluate_steps": 2, "in_backward": True, "clip": 0.0},
     "lora": {"kind": "llama", "gradient_checkpointing": True},
     "sparse-lora": {"kind": "bert"},
     "resu": {"kind": "llama", "commit": "sparse", "weight_decay": 0.1},
     "qresu": {"kind": "llama", "theta_init": "weight", "train_norms": True},
     "qresu-selective": {"kind": "bert"},
+    "rounded": {"method": "qresu", "kind": "bert", "optimizer": "adamw8bit", "autocast": "bfloat16"},
 }
 
 
@@ -40,6 +41,6 @@ def settings(place: Path, name: str, **changes: Any) -> FinetuneConfig:
         given |= {"task": "classification", "data": place / "train.txt", "validation": place / "dev.txt"}
     else:
         given["data"] = place / "words.txt"
-    if name not in ("full", "lora"):
+    if given["method"] not in ("full", "lora"):
         given["sparsity"] = 0.5
     return FinetuneConfig(**{**given, **changes})

@@ -71,13 +71,15 @@ def compare(alone: Path, shared: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", ["full,masked,lora", "sparse-lora,resu,qresu,qresu-selective"])
+@pytest.mark.parametrize("names", ["full,masked,lora", "sparse-lora,resu,qresu,qresu-selective,rounded"])
 def test_the_result_is_that_of_one_process(place: Path, tmp_path: Path, names: str) -> None:
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     started(*launch, "-m", "tests.integrations.finetune_shard_ranks", str(place), str(tmp_path), names)
     for name in names.split(","):
         alone = finetune(settings(place, name), tmp_path / f"{name}-alone")
-        compare(tmp_path / f"{name}-alone", tmp_path / name)
+        rounded = name == "rounded"  # moments, by blocks of each part
+        if not rounded:
+            compare(tmp_path / f"{name}-alone", tmp_path / name)
         whole, parts = weights(tmp_path / name), weights(tmp_path / f"{name}-parts")
         assert all(torch.equal(whole[key], parts[key]) for key in whole)  # resumed bit for bit
         held = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
@@ -91,7 +93,7 @@ def test_the_result_is_that_of_one_process(place: Path, tmp_path: Path, names: s
         assert (report["trained"], report["sparsity"]) == (alone["trained"], alone["sparsity"])
         for when, found in alone["evaluation"].items():
             if when != "metric":
-                assert report["evaluation"][when] == pytest.approx(found, rel=1e-5)
+                assert report["evaluation"][when] == pytest.approx(found, rel=0.02 if rounded else 1e-5)
         smaller = name != "qresu-selective"
         assert (
             report["memory"]["kinds"]["optimizer"] < (0.56 if smaller else 1.0) * alone["memory"]["kinds"]["optimizer"]
@@ -104,11 +106,11 @@ def test_accelerate_launches_the_command_line(place: Path, tmp_path: Path) -> No
     config = settings(place, "masked", shard=True)
     options = {
         "method": "masked", "sparsity": 0.5, "task": "classification", "steps": config.steps, "length": config.length,
-        "batch-size": 2, "learning-rate": 0.01, "schedule": "constant", "device": "cpu", "data": config.data,
+        "clip": 0, "batch-size": 2, "learning-rate": 0.01, "schedule": "constant", "device": "cpu", "data": config.data,
         "validation": config.validation, "evaluate-steps": 2, "out": tmp_path / "out",
     }  # fmt: skip
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    started(*launch, "-m", "resu.cli.main", "finetune", str(config.source), *given)
+    started(*launch, "-m", "resu.cli.main", "finetune", str(config.source), "--update-in-backward", *given)
     finetune(settings(place, "masked"), tmp_path / "alone")
     compare(tmp_path / "alone", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["shard"] is True
@@ -118,6 +120,8 @@ def test_what_cannot_be_divided_is_refused(place: Path, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="there is one: start several with torchrun"):
         finetune(settings(place, "masked", shard=True), tmp_path / "out")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="in-backward would use the gradient of each process alone"):
+        finetune(settings(place, "masked"), tmp_path / "out")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="under FSDP1 is not supported"):
         finetune(settings(place, "masked"), tmp_path / "out")

@@ -6,13 +6,14 @@ on the part that is here (:func:`local`), and only a choice among all positions 
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_layout", "is_sharded", "local", "part_of", "shard_like", "whole"]
+__all__ = ["check_layout", "is_sharded", "largest_part", "local", "part_of", "shard_beside", "shard_like", "whole"]
 
 
 def is_sharded(x: Any) -> bool:
@@ -76,3 +77,31 @@ def shard_like(part: Tensor, like: Tensor) -> Tensor:
         shape=shape,
         stride=stride,
     )
+
+
+@torch.no_grad()
+def shard_beside(part: Tensor, like: Tensor) -> Tensor:
+    """A ``DTensor`` of equally many values ``[n]`` from each rank, laid out as ``like``; ``part`` if that is plain.
+
+    For what belongs to local parts and has no rows of its own, such as a scale for each block of a flattened part. A
+    checkpoint of it fits the same number of ranks only.
+    """
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size([part.numel() * _parts(like)])
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=(1,))
+
+
+def largest_part(like: Tensor) -> int:
+    """How many values the rank with the most of them has of ``like``, sharded over its first dimension at most."""
+    if not is_sharded(like):
+        return like.numel()
+    return -(-like.shape[0] // _parts(like)) * like.shape[1:].numel()
+
+
+def _parts(x: Any) -> int:
+    """Into how many parts the mesh divides a ``DTensor``; replicas of one count once."""
+    return math.prod(x.device_mesh.size(axis) for axis, p in enumerate(x.placements) if p.is_shard())

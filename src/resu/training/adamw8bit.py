@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from resu.core.randomness import derived_seed
-from resu.core.sharding import is_sharded
+from resu.core.sharding import largest_part, local, shard_beside, shard_like
 
 __all__ = ["BLOCK", "CHUNK", "AdamW8bit", "dequantize_moment", "quantize_moment"]
 
@@ -96,7 +96,8 @@ class AdamW8bit(Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with moments in 8 bits: 2.03 bytes of state per value.
 
     Args:
-        params: As of any optimizer of torch; real floating tensors, not sharded.
+        params: As of any optimizer of torch; real floating tensors. Of one that is sharded over its first dimension
+            (``fully_shard``) each rank updates its part, whose blocks are its own.
         lr: Learning rate.
         betas: Decay of the first and the second moment.
         eps: Added to the root of the second moment.
@@ -105,7 +106,7 @@ class AdamW8bit(Optimizer):
 
     Raises:
         ValueError: On a value out of range.
-        TypeError: Later, in ``step()``: on sparse gradients, complex or sharded parameters.
+        TypeError: Later, in ``step()``: on sparse gradients, complex parameters, or others that are sharded.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
@@ -165,26 +166,29 @@ class AdamW8bit(Optimizer):
         state = self.state[parameter]
         if not state:
             _check(parameter, grad)
-            scales = torch.zeros(-(-parameter.numel() // BLOCK), device=parameter.device)
             state["step"] = 0
-            state["exp_avg"] = torch.zeros(parameter.shape, dtype=torch.int8, device=parameter.device)
-            state["exp_avg_scale"] = scales
-            state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=torch.uint8, device=parameter.device)
-            state["exp_avg_sq_scale"] = scales.clone()
+            for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+                codes = torch.zeros(local(parameter).shape, dtype=dtype, device=parameter.device)
+                scales = torch.zeros(-(-largest_part(parameter) // BLOCK), device=parameter.device)
+                state[name] = shard_like(codes, parameter)
+                state[f"{name}_scale"] = shard_beside(scales, parameter)
         state["step"] += 1
-        flat = parameter.detach().reshape(-1)  # a copy if it is not contiguous
-        flat_grad = grad.reshape(-1)
-        first, second = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        here = local(parameter).detach()
+        flat = here.reshape(-1)  # a copy if it is not contiguous
+        flat_grad = local(grad).reshape(-1)
+        first, second = local(state["exp_avg"]).view(-1), local(state["exp_avg_sq"]).view(-1)
+        scales_here = local(state["exp_avg_scale"]), local(state["exp_avg_sq_scale"])
         noise = _noise(self._seed, state["step"], parameter.device)
         size = noise.shape[1]
         for start in range(0, flat.numel(), size):
-            part, blocks = slice(start, start + size), slice(start // BLOCK, (start + size) // BLOCK)
-            pair = state["exp_avg_scale"][blocks], state["exp_avg_sq_scale"][blocks]
+            stop = min(start + size, flat.numel())  # another rank's part may have more blocks
+            part, blocks = slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))
+            pair = scales_here[0][blocks], scales_here[1][blocks]
             values = flat[part].to(torch.float32, copy=True)
             _adamw(values, flat_grad[part].float(), first[part], second[part], pair, state["step"], group, noise[:2])
             flat[part].copy_(_rounded(values, noise[2]) if parameter.dtype is torch.bfloat16 else values)
-        if flat.data_ptr() != parameter.data_ptr():
-            parameter.copy_(flat.view(parameter.shape))
+        if flat.data_ptr() != here.data_ptr():
+            here.copy_(flat.view(here.shape))
 
 
 def _adamw(
@@ -236,8 +240,12 @@ def _rounded(values: Tensor, noise: Tensor) -> Tensor:
 
 
 def _check(parameter: Tensor, grad: Tensor) -> None:
-    if is_sharded(parameter):
-        raise TypeError("AdamW8bit does not take sharded parameters (DTensor); use torch.optim.AdamW under FSDP2")
+    layout = getattr(parameter, "placements", ())
+    if any(p.is_partial() or (p.is_shard() and not p.is_shard(0)) for p in layout):
+        raise TypeError(
+            f"AdamW8bit takes parameters that are sharded over their first dimension, this one is as {layout}; use "
+            "torch.optim.AdamW"
+        )
     if not parameter.is_floating_point() or grad.layout is not torch.strided:
         raise TypeError(
             f"AdamW8bit takes real floating parameters with dense gradients, got {parameter.dtype} with a gradient of "

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
+from resu.core.sharding import is_sharded
+
 __all__ = ["OptimizerInBackward", "optimizer_in_backward"]
 
 Factory = Callable[[list[dict[str, Any]]], Optimizer]
@@ -41,8 +43,9 @@ def optimizer_in_backward(
     Raises:
         TypeError: If the factory makes no ``torch.optim.Optimizer`` with one group.
         RuntimeError: Later, in the backward pass or ``step()``: on gradient accumulation, a ``GradScaler`` or several
-            processes, which all need a gradient that outlives the pass. Clipping by the norm of all gradients would
-            find none and do nothing: :meth:`OptimizerInBackward.check` refuses it where settings are known.
+            processes, which all need a gradient that outlives the pass (but under ``fully_shard``, which adds up those of
+            all processes first). Clipping by the norm of all gradients would find none and do nothing:
+            :meth:`OptimizerInBackward.check` refuses it where settings are known.
 
     Example:
         >>> layer = torch.nn.Linear(4, 2)
@@ -93,10 +96,11 @@ class OptimizerInBackward(Optimizer):
 
     # -- in the backward pass -------------------------------------------------------------------------
     def _arrived(self, parameter: Tensor, group_index: int) -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and not is_sharded(parameter):  # FSDP2 has reduced the gradient of a part before it calls this
             raise RuntimeError(
                 "an update in the backward pass would use the gradient of this process alone, before the others' is "
-                f"added ({dist.get_world_size()} processes); use the plain optimizer"
+                f"added ({dist.get_world_size()} processes); use the plain optimizer, or fully_shard"
             )
         if id(parameter) in self._updated:
             raise RuntimeError(

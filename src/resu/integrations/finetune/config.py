@@ -99,7 +99,8 @@ class FinetuneConfig:
         clip: Largest norm of the gradient; 0: none.
         optimizer: ``adamw``, ``adamw8bit`` (moments in 8 bits), ``adafactor``, ``sgd`` (with momentum 0.9).
         in_backward: Whether each weight is updated as soon as its gradient is there, so that gradients of layers never
-            coexist (:mod:`resu.training.update_in_backward`); for ``clip`` 0, one pass per step and one process.
+            coexist (:mod:`resu.training.update_in_backward`); for ``clip`` 0, one pass per step, and one process or
+            ``shard``.
         dtype: Of the weights; None: as stored.
         autocast: ``bfloat16``: products in it; None: none.
         gradient_checkpointing: Whether activations are computed a second time instead of kept.

@@ -43,6 +43,11 @@ def as_launched(config: FinetuneConfig) -> FinetuneConfig:
             "shard divides the model over processes, and there is one: start several with torchrun --nproc-per-node N, "
             "or leave it out"
         )
+    if config.in_backward and processes() > 1 and not config.shard:
+        raise ValueError(
+            "in-backward would use the gradient of each process alone, before the others' is added; use shard, one "
+            "process or the plain optimizer"
+        )
     return config
 
 
