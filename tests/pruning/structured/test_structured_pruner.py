@@ -9,6 +9,7 @@ from torch import nn
 
 from resu.pruning.pruners import GradualPruner, StructuredPruner, create_pruner, prune_iteratively
 from resu.pruning.structured import target as targets
+from resu.pruning.structured.files import load_shrunk, save_shrunk
 from resu.pruning.structured.groups import find_structure
 from resu.pruning.structured.scores import unit_scores
 from resu.pruning.structured.sizes import Latency, count_macs, count_parameters
@@ -196,6 +197,24 @@ def test_gradual_beside_a_loop_follows_the_optimizer():
     assert model[0].out_channels == 8
     assert len(gradual.results) == 2
     assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}
+
+
+def test_a_ramp_goes_on_where_it_stopped(tmp_path):
+    def ramp():
+        return GradualShrinker(StructuredPruner(0.5, X, target="parameters"), end_step=6, frequency=2)
+
+    whole, first = net(), ramp()
+    for _ in range(8):
+        first.step(whole)
+    model, before = net(), ramp()
+    for _ in range(4):
+        before.step(model)
+    save_shrunk(model, tmp_path / "small")
+    after, again = ramp(), load_shrunk(net, tmp_path / "small")
+    after.load_state_dict(before.state_dict())
+    for _ in range(4):
+        after.step(again)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 def test_masks_for_those_who_prune_with_masks():

@@ -5,20 +5,20 @@ An operation without a rule is not guessed at: all that enters it is fixed, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from resu.core.registry import Registry
-from resu.pruning.structured.flow import merge
+from resu.pruning.structured.flow import apart, merge
 from resu.pruning.trees import leaves
 
 if TYPE_CHECKING:
     from resu.pruning.structured.trace import Watcher
 
-__all__ = ["apply_rule", "rule", "rules"]
+__all__ = ["apply_rule", "elementwise", "fixed_along", "put", "rule", "rules"]
 
 Rule = Callable[..., Any]
 rules: Registry[Rule] = Registry("operation")
@@ -81,3 +81,11 @@ def put(watcher: Watcher, tensor: Tensor, labels: list[Tensor]) -> None:
             c = c.reshape((1,) * (tensor.ndim - c.ndim) + tuple(c.shape))
         result.append(c)
     watcher.put(tensor, result)
+
+
+def fixed_along(watcher: Watcher, labels: list[Tensor], dims: Sequence[int], why: str) -> list[Tensor]:
+    """Fix components along ``dims``; the others. Fixed ones may flow on: the reason then reaches whatever they meet."""
+    inside, others = apart(watcher.units, labels, dims)
+    for c in inside:
+        watcher.units.fix(c, f"{why}, at {watcher.place}")
+    return others

@@ -1,29 +1,19 @@
-"""Rules of operations that compute: products, convolutions, norms, pooling, reductions."""
+"""Rules of operations with weights: products, convolutions, norms, tables, recurrences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from resu.pruning.structured.flow import Operand, apart, meet, merge, multiply, only_along
-from resu.pruning.structured.rules import elementwise, put, rule
-from resu.pruning.structured.units import varying
+from resu.pruning.structured.rules import fixed_along, put, rule
 
 if TYPE_CHECKING:
     from resu.pruning.structured.trace import Watcher
 
 Labels = list[Tensor]
-
-
-def _fixed(watcher: Watcher, labels: Labels, dims: Sequence[int], why: str) -> Labels:
-    """Fix components along ``dims``; the others. Fixed ones may flow on: the reason then reaches whatever they meet."""
-    inside, others = apart(watcher.units, labels, dims)
-    for c in inside:
-        watcher.units.fix(c, f"{why}, at {watcher.place}")
-    return others
 
 
 # -- products
@@ -65,10 +55,10 @@ def _convolution(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tenso
     x, weight, bias, *_, transposed, _, groups = args[:9]
     units, what = watcher.units, f"convolution at {watcher.place}"
     inputs, rest = only_along(units, watcher.labels_of(x), 1, what)
-    _fixed(watcher, rest, range(x.ndim), "a convolution over it")
+    fixed_along(watcher, rest, range(x.ndim), "a convolution over it")
     outer, more = only_along(units, watcher.labels_of(weight), 0, what)
     inner, more_ = only_along(units, more, 1, what)
-    _fixed(watcher, more_, range(weight.ndim), "the kernel of a convolution")
+    fixed_along(watcher, more_, range(weight.ndim), "the kernel of a convolution")
     if transposed:
         outer, inner = inner, outer  # [in, out / groups, …]
     # Now outer: labels of outputs (per group where transposed), inner: of inputs (per group where not).
@@ -156,7 +146,7 @@ def _layer_norm(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -
     dims = range(x.ndim - len(shape), x.ndim)
     why = "a norm's statistics go over it"
     labels = watcher.labels_of(x)
-    _fixed(watcher, labels, dims, why)
+    fixed_along(watcher, labels, dims, why)
     for vector in affine:
         if isinstance(vector, Tensor):
             watcher.fix([vector], f"{why}, at {watcher.place}")
@@ -171,7 +161,7 @@ def _group_norm(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -
     operands += [_along_channels(watcher, v, x.ndim) for v in (weight, bias) if isinstance(v, Tensor)]
     labels = merge(units, operands, what)
     vectors, rest = only_along(units, labels, 1, what)
-    rest = _fixed(watcher, rest, range(1, x.ndim), "a norm's statistics go over it")
+    rest = fixed_along(watcher, rest, range(1, x.ndim), "a norm's statistics go over it")
     by_group = [units.tie(c.view(groups, -1), (1,), what).reshape(-1) for c in vectors]
     vectors = [c.repeat_interleave(channels // groups) for c in by_group]
     for c, v in zip(by_group, vectors, strict=True):
@@ -186,7 +176,7 @@ def _weight_norm(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) 
     v, g, dim = (*args, 0)[:3]
     others = [d for d in range(v.ndim) if d != dim]
     labels = watcher.labels_of(v)
-    rows = _fixed(watcher, labels, others, "weight norm divides by a norm over it")
+    rows = fixed_along(watcher, labels, others, "weight norm divides by a norm over it")
     columns = [c for c in labels if all(c is not r for r in rows)]
     lengths = Operand(tuple(n if d == dim else 1 for d, n in enumerate(v.shape)), rows)
     merged = merge(watcher.units, [lengths, watcher.operand(g)], f"weight norm at {watcher.place}")
@@ -221,99 +211,3 @@ def _rnn(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     else:
         tensors += [a for a in (x, weight) if isinstance(a, Tensor)]
     watcher.fix(tensors, f"units of a recurrent layer, at {watcher.place}")
-
-
-# -- over space
-
-
-def _spatial(count: int) -> Any:
-    def follow(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        x = args[0]
-        dims = tuple(range(x.ndim - count, x.ndim))
-        labels = []
-        for c in watcher.labels_of(x):
-            over = tuple(d for d in varying(c) if d in dims)
-            what = f"pooling or resizing over it at {watcher.place}"
-            labels.append(watcher.units.tie(c, over, what) if over else c)
-        outs = out if isinstance(out, (tuple, list)) else [out]
-        for leaf in outs:
-            put(watcher, leaf, labels)
-
-    return follow
-
-
-for _n in (1, 2, 3):
-    for _name in (
-        f"max_pool{_n}d_with_indices", f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d", f"_adaptive_avg_pool{_n}d",
-        f"adaptive_max_pool{_n}d", f"max_pool{_n}d", f"mkldnn_max_pool{_n}d",
-        f"reflection_pad{_n}d", f"replication_pad{_n}d",
-    ):  # fmt: skip
-        rule(_name)(_spatial(_n))
-for _name, _n in (
-    ("upsample_nearest1d", 1), ("upsample_nearest2d", 2), ("upsample_nearest3d", 3), ("_upsample_nearest_exact1d", 1),
-    ("_upsample_nearest_exact2d", 2), ("upsample_linear1d", 1), ("upsample_bilinear2d", 2), ("upsample_bicubic2d", 2),
-    ("upsample_trilinear3d", 3), ("_upsample_bilinear2d_aa", 2),
-):  # fmt: skip
-    rule(_name)(_spatial(_n))
-
-
-# -- reductions and what reads along a dimension
-
-
-def _dims(value: Any, ndim: int) -> list[int]:
-    if value is None or (isinstance(value, (list, tuple)) and not value):
-        return list(range(ndim))
-    return [d % ndim for d in (value if isinstance(value, (list, tuple)) else [value])] if ndim else []
-
-
-@rule(
-    "mean", "sum", "amax", "amin", "var", "std", "max", "min", "argmax", "argmin", "logsumexp", "prod", "any", "all",
-    "linalg_vector_norm", "norm", "var_mean", "std_mean", "median",
-)  # fmt: skip
-def _reduce(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    if len([a for a in args if isinstance(a, Tensor)]) > 1:  # max and min of two tensors are elementwise
-        return elementwise(watcher, func.overloadpacket.__name__, [a for a in args if isinstance(a, Tensor)], out)
-    x = args[0]
-    names = [a.name for a in func._schema.arguments]
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    dims = _dims(bound.get("dim"), x.ndim)
-    labels = _fixed(watcher, watcher.labels_of(x), dims, "it is reduced to one number")
-    for leaf in out if isinstance(out, (tuple, list)) else [out]:
-        if leaf.ndim == x.ndim:
-            put(watcher, leaf, labels)
-        elif leaf.ndim:
-            put(watcher, leaf, [c.reshape([n for d, n in enumerate(c.shape) if d not in dims]) for c in labels])
-    return None
-
-
-@rule(
-    "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "flip", "roll",
-    "logcumsumexp", "topk", "_fft_c2c",
-)  # fmt: skip
-def _along(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    x = args[0]
-    names = [a.name for a in func._schema.arguments]
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    dims = _dims(bound.get("dim", bound.get("dims", -1)), x.ndim)
-    labels = watcher.labels_of(x)
-    others = _fixed(watcher, labels, dims, f"{func.overloadpacket.__name__} goes along it")
-    for leaf in out if isinstance(out, (tuple, list)) else [out]:
-        put(watcher, leaf, labels if leaf.shape == x.shape else others)
-
-
-@rule("tril", "triu")
-def _triangle(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    x = args[0]
-    put(watcher, out, _fixed(watcher, watcher.labels_of(x), [x.ndim - 2, x.ndim - 1], "a triangle of it is taken"))
-
-
-@rule("glu")
-def _glu(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    x, dim = (*args, -1)[:2]
-    dim %= x.ndim
-    labels = []
-    for c in watcher.labels_of(x):
-        if dim in varying(c):
-            c = watcher.units.tie(c.unflatten(dim, (2, -1)), (dim,), f"glu at {watcher.place}").squeeze(dim)
-        labels.append(c)
-    put(watcher, out, labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,3 +173,23 @@ class GradualShrinker:
             return None
         self.results.append(result)
         return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the ramp is, and the sizes that its sparsity is a fraction of; beside :func:`save_shrunk`'s model.
+
+        Raises:
+            ValueError: With a latency target, whose model of before is no plain value.
+        """
+        before = self._before
+        if before is not None and isinstance(before.dense, nn.Module):
+            raise ValueError("a ramp to a latency measures against the model of before, which is not saved in a state")
+        return {
+            "step": self._now,
+            "units": None if before is None else dict(before.units),
+            "dense": None if before is None else before.dense,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another left off, with its model (:func:`load_shrunk`) and its optimizer's state."""
+        self._now = state["step"]
+        self._before = None if state["units"] is None else Before(dict(state["units"]), state["dense"])

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resu.pruning.structured import rules_layers, rules_views  # noqa: F401  (they register themselves)
+from resu.pruning.statistics import eager
+from resu.pruning.structured import rules_layers, rules_over, rules_views  # noqa: F401  (they register themselves)
 from resu.pruning.structured.flow import Components, Operand, rearrange
 from resu.pruning.structured.rules import apply_rule
 from resu.pruning.structured.slots import Slot, slots
@@ -99,7 +100,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     watcher = Watcher(model, found, places)
     try:
         model.eval()
-        with plain_forward(), watcher.modules(), watcher:
+        with plain_forward(), eager(model), watcher.modules(), watcher:
             out = call(model, example_inputs)
     finally:
         for module, training in modes.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resu.pruning.statistics import eager
 from resu.pruning.structured.removal import Slices, mask_tensors, shrink_tensors
 from resu.pruning.trees import leaves, map_leaves
 
@@ -142,10 +143,16 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
         rtol: Largest difference allowed, over the largest magnitude of that output.
 
     Raises:
-        TypeError: If there is no tensor among the outputs.
+        TypeError: If there is no tensor among the outputs, or the reference does not run.
     """
-    with _in_float64():
-        wanted = _outputs(call(reference, inputs))
+    with _in_float64(), eager(reference), eager(shrunk):
+        try:
+            wanted = _outputs(call(reference, inputs))
+        except Exception as error:
+            raise TypeError(
+                f"{type(reference).__name__} does not run in float64, so nothing can be verified: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
         try:
             got = _outputs(call(shrunk, inputs))
         except Exception as error:  # whatever a model may raise that does not fit together any more
