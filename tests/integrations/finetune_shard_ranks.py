@@ -17,6 +17,8 @@ from resu.integrations.finetune.run import Interrupted, finetune
 from resu.training.wrappers import plain_optimizer
 from tests.integrations.finetune_shard_settings import settings
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
 
 class Watches(Interrupts):
     """Notes how much of what trains, and of the optimizer's state, lies here; and stops where it is told to."""
@@ -27,7 +29,7 @@ class Watches(Interrupts):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
         optimizer = plain_optimizer(kwargs["optimizer"])
-        moments = [v for s in optimizer.state.values() for k, v in s.items() if k in ("exp_avg", "exp_avg_sq")]
+        moments = [v for s in optimizer.state.values() for k, v in s.items() if k in MOMENTS]
         assert all(p.grad is None for p in trained)
         Watches.held = {
             "here": sum(local(p).numel() for p in trained if is_sharded(p)),

@@ -11,7 +11,7 @@ from tests.integrations.finetune_models import directory, labelled_file, text_fi
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"kind": "llama", "accumulate": 2},
     "masked": {"kind": "bert", "evaluate_steps": 2, "in_backward": True, "clip": 0.0},
-    "lora": {"kind": "llama", "gradient_checkpointing": True},
+    "lora": {"kind": "llama", "gradient_checkpointing": True, "optimizer": "sgd"},
     "sparse-lora": {"kind": "bert"},
     "resu": {"kind": "llama", "commit": "sparse", "weight_decay": 0.1},
     "qresu": {"kind": "llama", "theta_init": "weight", "train_norms": True},

@@ -43,8 +43,8 @@ def optimizer_in_backward(
     Raises:
         TypeError: If the factory makes no ``torch.optim.Optimizer`` with one group.
         RuntimeError: Later, in the backward pass or ``step()``: on gradient accumulation, a ``GradScaler`` or several
-            processes, which all need a gradient that outlives the pass (but under ``fully_shard``, which adds up those of
-            all processes first). Clipping by the norm of all gradients would find none and do nothing:
+            processes, which all need a gradient that outlives the pass (but for ``fully_shard``, which adds those of
+            all processes up first). Clipping by the norm of all gradients would find none and do nothing:
             :meth:`OptimizerInBackward.check` refuses it where settings are known.
 
     Example:

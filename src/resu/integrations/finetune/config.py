@@ -268,6 +268,10 @@ def _check_use(config: FinetuneConfig) -> None:
         raise ValueError(
             "in-backward leaves no gradient behind, which clip and accumulate need; use clip 0 and accumulate 1"
         )
+    if config.shard and config.optimizer == "adafactor":
+        raise ValueError(
+            "torch's Adafactor takes no parameters that lie in parts; use adamw8bit, adamw or sgd with shard"
+        )
     if method == "qresu-selective" and config.accumulate > 1:
         raise ValueError("qresu-selective moves θ as each gradient arrives and cannot accumulate; use accumulate 1")
     if config.bits is not None and method not in ("qresu", "qresu-selective", "sparse-lora"):
