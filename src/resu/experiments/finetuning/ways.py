@@ -161,7 +161,7 @@ def _super(share: float) -> Any:
 
 _LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _RANKS = (2, 8, 32)
-_FULL, _LOW, _THETA = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3)
+_FULL, _LOW, _THETA = (3e-5, 1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (1e-4, 3e-4, 1e-3, 3e-3)
 KINDS: dict[str, Kind] = {
     "full": Kind("full fine-tuning", _all, (0.0,), _FULL),
     "head": Kind("head alone", _nothing, (0.0,), (0.0,)),
@@ -169,12 +169,12 @@ KINDS: dict[str, Kind] = {
     "qlora": Kind("LoRA over 4 bits", partial(_sparse_lora, mode="sparse_to_dense", bits=4), _RANKS, _LOW),
     "slora-dense": Kind("sparse LoRA (dense)", partial(_sparse_lora, mode="sparse_to_dense"), _LEVELS, _LOW),
     "slora-sparse": Kind("sparse LoRA (sparse)", partial(_sparse_lora, mode="sparse_to_sparse"), _LEVELS, _LOW),
-    "shira": Kind("SHiRA", partial(_adapt, make=_shira), (8, 32, 96), (3e-4, 1e-3, 3e-3), small=(2, 8, 16)),
-    "super": Kind("Super-Tuning", partial(_adapt, make=_super), (0.01, 0.1, 0.5), (3e-4, 1e-3, 3e-3)),
+    "shira": Kind("SHiRA", partial(_adapt, make=_shira), (8, 32, 96), (3e-4, 1e-3, 3e-3, 1e-2), small=(2, 8, 16)),
+    "super": Kind("Super-Tuning", partial(_adapt, make=_super), (0.01, 0.1, 0.5), (3e-4, 1e-3, 3e-3, 1e-2)),
     "resu": Kind("RESU", partial(_adapt, make=_resu), _LEVELS, _THETA),
     "qresu8": Kind("QRESU 8 bits", partial(_resurrect, bits=8), _LEVELS, _THETA, True, like="qresu4"),
     "qresu4": Kind("QRESU 4 bits", partial(_resurrect, bits=4), _LEVELS, _THETA, True),
-    "selective": Kind("Selective 4 bits", partial(_resurrect, bits=4, selective=True), _LEVELS, (0.03, 0.1, 0.3)),
+    "selective": Kind("Selective 4 bits", partial(_resurrect, bits=4, selective=True), _LEVELS, (0.03, 0.1, 0.3, 1.0)),
 }
 
 
