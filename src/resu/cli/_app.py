@@ -14,7 +14,7 @@ __all__ = ["COMMANDS", "build_app"]
 # One module of resu.cli each; it defines `command` and EXAMPLE.
 COMMANDS = (
     *("quickstart", "train", "finetune", "leaderboard", "prune", "reconstruct", "inspect"),
-    *("validate", "convert", "export", "plan", "shrink"),
+    *("validate", "convert", "export", "plan", "shrink", "spinn"),
 )
 
 

@@ -1,4 +1,8 @@
-"""Training of a twin: data on batches of rows, physics on batches of pairs along the series, in one loss."""
+"""Training of a twin: data on batches of rows, physics on batches of pairs along the series, in one loss.
+
+The output layer is linear, so its best weights for given hidden units have a closed form; training starts from there
+(variable projection: Golub and Pereyra 1973), and every stage of pruning too.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ from torch import Tensor, nn
 
 from resu.experiments.spinn.laws import take_pairs
 from resu.experiments.spinn.recording import Prepared
+from resu.experiments.spinn.ridge import ridge_weights
 from resu.experiments.spinn.twin import Twin
 
-__all__ = ["Recipe", "fit", "physics_rms"]
+__all__ = ["Recipe", "fit", "physics_rms", "solve_output"]
+
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 3000.0, 10000.0, 30000.0)
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,10 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, max(steps, 2), pct_start=0.1)
     if on_optimizer is not None:
         on_optimizer(optimizer)
+    pull = solve_output(twin, data, rows)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = _loss(twin, data, rows[torch.randint(len(rows), (recipe.rows,))])
+        loss = _loss(twin, data, rows[torch.randint(len(rows), (recipe.rows,))], pull)
         if twin.law is not None:
             loss = loss + _physics(twin, data, ends[torch.randint(len(ends), (recipe.pairs,))])
         loss.backward()
@@ -86,8 +94,46 @@ def fit(
     return twin
 
 
-def _loss(twin: Twin, data: Prepared, rows: Tensor) -> Tensor:
-    return ((twin(data.inputs[rows]) - data.targets[rows]) / twin.scale).square().mean()
+@torch.no_grad()
+def solve_output(twin: Twin, data: Prepared, rows: Tensor) -> float:
+    """Set the output layer to the ridge solution on its hidden units, weights that are exactly 0 left at 0.
+
+    The penalty, in units of the hidden units' mean variance, is the one that is best on the validation part.
+
+    Args:
+        twin: Changed in place.
+        data: The recording.
+        rows: Rows that are fitted.
+
+    Returns:
+        The penalty on squared weights that a loss in means over rows and channels has to have, so that the solution is
+        stationary in it.
+    """
+    last = twin.network[-1]
+    assert isinstance(last, nn.Linear)
+    hidden = twin.network[:-1](data.inputs).double()
+    wanted = ((data.targets - twin.mean) / twin.scale).double()
+    unit = float(hidden[rows].var(0).mean())
+    active = last.weight != 0
+    found = {}
+    for penalty in PENALTIES if len(data.val) else PENALTIES[4:5]:
+        weight, bias = torch.zeros_like(last.weight), torch.zeros_like(last.bias)
+        for c, here in enumerate(active):
+            w, b = ridge_weights(hidden[rows][:, here], wanted[rows, c : c + 1], penalty * unit)
+            weight[c, here], bias[c] = w[:, 0].float(), b.float()[0]
+        error = hidden[data.val].float() @ weight.T + bias - wanted[data.val]
+        found[penalty] = (float(error.square().sum()), weight, bias)
+    best = min(found, key=lambda p: found[p][0])
+    last.weight.copy_(found[best][1])
+    last.bias.copy_(found[best][2])
+    return best * unit / (len(rows) * len(active))
+
+
+def _loss(twin: Twin, data: Prepared, rows: Tensor, pull: float) -> Tensor:
+    error: Tensor = (twin(data.inputs[rows]) - data.targets[rows]) / twin.scale
+    last = twin.network[-1].weight
+    assert isinstance(last, Tensor)
+    return error.square().mean() + pull * last.square().sum()
 
 
 def _physics(twin: Twin, data: Prepared, ends: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ class LumpedHeat(nn.Module):
 
 
 Law = Archard | LumpedHeat
-WEIGHTS: Mapping[str, float] = {"wear": 0.02, "milling": 0.02, "thermal": 0.02}
+WEIGHTS: Mapping[str, float] = {"wear": 0.002, "milling": 0.002, "thermal": 0.2}
 
 
 def law_for(data: Prepared, weight: float | None = None) -> Law:

@@ -14,7 +14,7 @@ from resu.experiments.spinn.signals import Array, scaled
 
 __all__ = ["Prepared", "Recording"]
 
-SPREAD = 0.3
+SPREAD = 0.1
 """Standard deviation of the network's inputs: where tanh is nearly linear, so that wear beyond what training saw is
 extrapolated instead of cut off. Chosen by leaving out tools of the training part (docs/spinn.md)."""
 

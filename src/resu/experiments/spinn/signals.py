@@ -72,4 +72,5 @@ def scaled(x: Array, train: NDArray[np.int64], spread: float = 1.0, limit: float
     """
     mean, sd = x[train].mean(0), x[train].std(0)
     z = (x - mean) / np.where(sd > 1e-12 * (1 + np.abs(mean)), sd, np.inf)
-    return spread * np.clip(z, -limit, limit)
+    found: Array = spread * np.clip(z, -limit, limit)
+    return found

@@ -28,7 +28,9 @@ def validated(data: Prepared) -> Callable[[nn.Module], float]:
     rows = data.val if len(data.val) else data.train
 
     def evaluate(model: nn.Module) -> float:
-        return score(model(data.inputs[rows]), data.targets[rows], data.targets[data.train])
+        with torch.no_grad():
+            found = model(data.inputs[rows])
+        return score(found, data.targets[rows], data.targets[data.train])
 
     return evaluate
 

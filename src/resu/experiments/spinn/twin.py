@@ -59,7 +59,8 @@ class Twin(nn.Module):
     def predict(self, inputs: Tensor) -> Tensor:
         """The same without gradients."""
         with torch.no_grad():
-            return self(inputs)
+            found: Tensor = self(inputs)
+        return found
 
 
 def score(predicted: Tensor, measured: Tensor, reference: Tensor | None = None) -> float:

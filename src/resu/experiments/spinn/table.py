@@ -1,0 +1,160 @@
+"""Rows to the tables of the page: mean and spread over seeds, tools left out, adaptation, known fields."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, pstdev, stdev
+
+from resu.experiments.spinn.runs import WAYS, Row
+
+__all__ = ["main_table", "pooled_r2", "tables"]
+
+NAMES = {"wear": "turning wear", "milling": "milling wear", "thermal": "displacement"}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; of one value, itself.
+
+    Example:
+        >>> spread([0.9, 0.92]), spread([0.5])
+        ('0.910 ± 0.014', '0.500')
+    """
+    if not values:
+        return "–"
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main_table(rows: Sequence[Row]) -> str:
+    """R² on held-out rows by way and quantity; ``overall`` is the mean over quantities, seed by seed."""
+    twins = [row for row in rows if row.study == "twin"]
+    names = [name for name in NAMES if any(row.quantity == name for row in twins)]
+    lines = []
+    for way, physics in [("ridge", False), *((w, p) for w in WAYS for p in (False, True))]:
+        some = [row for row in twins if row.way == way and row.physics == physics]
+        if not some:
+            continue
+        by = {name: {row.seed: row for row in some if row.quantity == name} for name in names}
+        seeds = sorted(set.intersection(*(set(found) for found in by.values())))
+        overall = [fmean(by[name][seed].test for name in names) for seed in seeds]
+        removed = fmean(row.sparsity for row in some)
+        label = way if way == "ridge" else f"{way}, {'with' if physics else 'without'} physics"
+        cells = [spread([row.test for row in by[name].values()]) for name in names]
+        gone = "" if way in ("ridge", "dense") else f"{100 * removed:.1f} %"
+        lines.append([label, gone, *cells, spread(overall)])
+    return markdown(["", "removed", *(NAMES[name] for name in names), "overall"], lines)
+
+
+def pooled_r2(squared: Sequence[float], counts: Sequence[int], targets: Sequence[float]) -> float:
+    """R² over groups that were left out in turn: 1 − total squared error / (rows · variance of all targets)."""
+    if len(squared) != len(counts) or sum(counts) != len(targets):
+        raise ValueError("each group needs its error and its rows, and all rows their target")
+    return 1 - math.fsum(squared) / (len(targets) * pstdev(targets) ** 2)
+
+
+def _squared(row: Row) -> tuple[float, int]:
+    found = re.search(r"squared error (\S+) over (\d+) rows", row.detail)
+    assert found is not None, row.detail
+    return float(found[1]), int(found[2])
+
+
+def left_out_table(rows: Sequence[Row], quantity: str, targets: Sequence[float]) -> str:
+    """R² per group left out, its spread, and pooled over all."""
+    some = [row for row in rows if row.study == "leave one out" and row.quantity == quantity]
+    groups = sorted({row.group for row in some}, key=int)
+    ways = [way for way in ("ridge", "dense", "sparse") if any(row.way == way for row in some)]
+    at = {(row.way, row.group): row for row in some}
+    lines = [
+        [group, *("–" if math.isnan(at[way, group].test) else f"{at[way, group].test:.2f}" for way in ways)]
+        for group in groups
+    ]
+
+    def line(label: str, of: Callable[[list[float]], float]) -> None:
+        values = {way: [at[way, g].test for g in groups if not math.isnan(at[way, g].test)] for way in ways}
+        lines.append([label, *(f"{of(sorted(values[way])):.2f}" for way in ways)])
+
+    line("median", lambda v: v[len(v) // 2])
+    line("lowest", lambda v: v[0])
+    pooled = []
+    for way in ways:
+        errors, counts = zip(*(_squared(at[way, g]) for g in groups), strict=True)
+        pooled.append(f"**{pooled_r2(errors, counts, targets):.3f}**" if sum(counts) == len(targets) else "–")
+    lines.append(["**all rows together**", *pooled])
+    return markdown(["left out", *ways], lines)
+
+
+def adaptation_table(rows: Sequence[Row]) -> str:
+    """Per quantity, way and new tool: errors before, adapted, retrained; the gain recovered; the cost."""
+    some = [row for row in rows if row.study == "adaptation"]
+    lines = []
+    for key in dict.fromkeys((row.quantity, row.way, row.group) for row in some):
+        here = [row for row in some if (row.quantity, row.way, row.group) == key]
+        numbers = [[float(x) for x in re.findall(r"(?:before|adapted|retrained|adds|time) (\S+?)(?:[,;]|$)", r.detail)]
+                   for r in here]  # fmt: skip
+        before, adapted, retrained, adds, time = (fmean(column) for column in zip(*numbers, strict=True))
+        unit = re.search(r"RMSE (\S+):", here[0].detail)
+        gain = before - retrained
+        recovered = f"{100 * (before - adapted) / gain:.0f} %" if gain > 0 else "retraining gains nothing"
+        lines.append(
+            [
+                *(f"{NAMES[key[0]]}, {key[1]}, {key[2]}", *(f"{x:.3g}" for x in (before, adapted, retrained))),
+                *(unit[1] if unit else "", recovered, f"{100 * adds:.1f} %", f"{100 * time:.1f} %"),
+            ]
+        )
+    head = ["", "before", "adapted", "retrained", "unit", "gain recovered", "cost (multiply-adds)", "cost (time)"]
+    return markdown(head, lines)
+
+
+def field_table(rows: Sequence[Row]) -> str:
+    """Relative L2 error of each equation, dense and sparse."""
+    some = [row for row in rows if row.study == "field"]
+    lines = [
+        [
+            row.quantity,
+            row.way,
+            f"{100 * row.sparsity:.1f} %",
+            f"{row.parameters}",
+            f"{row.test:.2e}",
+            f"{row.seconds:.0f}",
+        ]
+        for row in some
+    ]
+    return markdown(["equation", "", "removed", "parameters", "relative L2 error", "seconds"], lines)
+
+
+def physics_table(rows: Sequence[Row]) -> str:
+    """What the laws say of the twins of seed 0, as text."""
+    some = [row for row in rows if row.study == "twin" and row.physics and row.seed == 0]
+    return "\n".join(f"- {NAMES[row.quantity]}, {row.way}: {row.detail}" for row in some)
+
+
+def tables(rows: Sequence[Row], targets: Mapping[str, Sequence[float]]) -> str:
+    """All tables that the rows allow, as one text.
+
+    Args:
+        rows: Of any studies.
+        targets: Per quantity all its targets, for R² over groups left out.
+    """
+    parts = []
+    if any(row.study == "twin" for row in rows):
+        parts += ["R² on held-out tools, cases and times, mean ± standard deviation over seeds:", main_table(rows)]
+    for name, values in targets.items():
+        if any(row.study == "leave one out" and row.quantity == name for row in rows):
+            parts += [
+                f"R² of {NAMES[name]} with one group left out at a time, seed 0:",
+                left_out_table(rows, name, values),
+            ]
+    if any(row.study == "adaptation" for row in rows):
+        parts += ["A new tool, after the first 30 % of its life; errors (RMS) on the rest:", adaptation_table(rows)]
+    if any(row.study == "field" for row in rows):
+        parts += ["Known solutions:", field_table(rows)]
+    if any(row.physics and row.study == "twin" for row in rows):
+        parts += ["Residuals of the laws on held-out rows (RMS), and learned constants, seed 0:", physics_table(rows)]
+    return "\n\n".join(parts)
