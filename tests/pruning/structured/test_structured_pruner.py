@@ -1,6 +1,8 @@
 """The pruner: scores, scopes, rounding, targets, masks, steps, undo, errors."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -155,6 +157,20 @@ def test_training_goes_on_as_if_it_had_always_been_small():
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         if name != "0.bias":  # a batch norm takes it out again: its gradient is rounding alone
             torch.testing.assert_close(a, b)
+
+
+def test_nothing_holds_on_to_what_was_removed():
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    loss(model, DATA[0]).backward()
+    optimizer.step()
+    before = [weakref.ref(p) for p in model.parameters()]
+    before += [weakref.ref(s["exp_avg"]) for s in optimizer.state.values()]
+    result = StructuredPruner(0.5, X).prune(model, optimizer)
+    result.forget()
+    gc.collect()
+    alive = [ref() for ref in before if ref() is not None]
+    assert [tuple(t.shape) for t in alive] == [(5,), (5,)]  # the last bias is not cut
 
 
 def test_the_model_is_left_alone_by_looking():

@@ -1,5 +1,6 @@
 """200 networks at random: never a wrong one, and most of them smaller."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ def masked(model, slices):
     return model
 
 
+@pytest.mark.slow
 def test_random_networks_come_out_right_or_not_at_all():
     removed = []
 

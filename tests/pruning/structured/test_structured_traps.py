@@ -349,6 +349,20 @@ def test_functional_weights_and_buffers():
     assert model.other.weight.shape == (8, 4)  # not used: left alone
 
 
+def test_weights_stored_inputs_first():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.last = nn.Parameter(torch.randn(4, 8)), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last((x @ self.weight).relu())
+
+    model = Raw()
+    assert list(prune(model, torch.zeros(2, 4)).units.values()) == [(8, 4)]
+    assert model.weight.shape == (4, 4)
+
+
 def test_a_gate_that_is_not_zero_at_zero():
     class Gated(nn.Module):
         """Squeeze and excitation: sigmoid(0) is a half, which nothing reads any more."""

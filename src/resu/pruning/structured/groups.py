@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from resu.core.globs import glob_list, glob_matches, listing
 from resu.core.layers import is_conv1d_of_transformers
-from resu.pruning.structured.slots import slots
+from resu.pruning.structured.slots import Slot, slots
 from resu.pruning.structured.trace import Trace, trace
 
 __all__ = ["Group", "Structure", "find_structure"]
@@ -196,7 +196,7 @@ def find_structure(model: nn.Module, example_inputs: Any) -> Structure:
     free: set[str] = set()
     for root, places in units.items():
         reason = found.units.reason(root)
-        if reason is None and root not in unseen and any(place in makers for place in places):
+        if reason is None and root not in unseen and _layers(known, makers, places):
             alike.setdefault(tuple((place, len(indices)) for place, indices in places.items()), []).append(places)
             continue
         for place in places:
@@ -204,7 +204,7 @@ def find_structure(model: nn.Module, example_inputs: Any) -> Structure:
                 fixed.setdefault(makers[place], reason or "it is not used")
     groups: dict[str, Group] = {}
     for kind, members in alike.items():
-        layers = tuple(dict.fromkeys(makers[place] for place, _ in kind if place in makers))
+        layers = _layers(known, makers, [place for place, _ in kind])
         if len(members) < 2:
             fixed.setdefault(layers[0], "all of a dimension goes together")
             continue
@@ -216,7 +216,16 @@ def find_structure(model: nn.Module, example_inputs: Any) -> Structure:
     return Structure(groups, {n: why for n, why in fixed.items() if n not in free}, found)
 
 
-def _makers(known: Mapping[str, Any], name: str, dims: Mapping[int, Tensor]) -> Iterable[tuple[Place, str]]:
+def _layers(known: Mapping[str, Slot], makers: Mapping[Place, str], places: Iterable[Place]) -> tuple[str, ...]:
+    """The layers that make a unit; where none is known to (a weight ``[in, out]`` of no known layer), all it is in."""
+    places = list(places)
+    own = [makers[place] for place in places if place in makers]
+    if not own and len(places) > 1:
+        own = [known[n].module_name or known[n].attribute for n, _ in places if known[n].tensor.ndim > 1]
+    return tuple(dict.fromkeys(own))
+
+
+def _makers(known: Mapping[str, Slot], name: str, dims: Mapping[int, Tensor]) -> Iterable[tuple[Place, str]]:
     """The dimension of a tensor that makes units, and the layer's name; none of vectors."""
     slot = known[name]
     if slot.tensor.ndim < 2:
