@@ -1,7 +1,6 @@
 """Stages to exactly 70 %, masks that hold, a stage taken back, a killed run that goes on, neurons, resurrection."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from resu.experiments.spinn.neurons import remove_neurons, widths
 from resu.experiments.spinn.ridge import ridge, ridge_weights
 from resu.experiments.spinn.sparse import kept, prune_in_stages, resurrect, validated
 from resu.experiments.spinn.twin import Twin, dense_network, score
-from resu.training import RESU
 
 RECIPE = Recipe(steps=60, tune=8, rate=5e-3, tune_rate=2e-3, rows=32, pairs=8)
 HIDDEN = (24, 16)
@@ -140,10 +138,8 @@ def test_killed_in_stage_three_it_goes_on_there_and_ends_alike(tmp_path, repo):
     killed = run(tmp_path / "killed", "die", repo)
     assert killed.stdout.readline() == "stage 3\n"
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    body = json.loads((tmp_path / "killed" / "run.json").read_text())
-    assert "stage-02.safetensors" in {f.name for f in (tmp_path / "killed").iterdir()}
-    assert body
+    killed.communicate()
+    assert "stage-02.safetensors" in {file.name for file in (tmp_path / "killed").iterdir()}
     again, whole = run(tmp_path / "killed", "live", repo), run(tmp_path / "whole", "live", repo)
     # The dense network is trained anew with the same seed; then only stages 3 and 4 run.
     assert again.communicate()[0] == "resumed after stage 2 2\n"
@@ -167,14 +163,16 @@ def test_neurons_go_and_the_smaller_network_is_the_masked_one(data):
 def test_resurrection_keeps_the_count_and_lets_weights_return(data):
     twin = twin_of(data)
     found = resurrect(twin, data, RECIPE, sparsity=0.7)
-    for weight in weights(found):
-        assert int((weight == 0).sum()) == int(weight.numel() * 0.7 + 1e-9)
-    assert kept(found) == sum(w.numel() - int(w.numel() * 0.7 + 1e-9) for w in weights(found)) + sum(HIDDEN) + 1
-    order = weights(twin)[0].detach().abs().flatten().argsort(descending=True, stable=True)
-    largest = torch.zeros(order.numel(), dtype=torch.bool)
-    largest[order[: int((weights(found)[0] != 0).sum())]] = True
-    assert not torch.equal(largest.view_as(weights(twin)[0]), weights(found)[0] != 0)
-    assert RESU(sparsity=0.7, initial_sparsity=None, end_step=27).gamma == 2.0
+    total = sum(w.numel() for w in weights(found))
+    gone = sum(int((w == 0).sum()) for w in weights(found))
+    assert gone == int(total * 0.7 + 1e-9)
+    assert kept(found) == total - gone + sum(HIDDEN) + 1
+    moved = 0
+    for before, after in zip(weights(twin), weights(found), strict=True):
+        order = before.detach().abs().flatten().argsort(descending=True)
+        largest = order[: int((after != 0).sum())]
+        moved += int((after.flatten()[largest] == 0).sum())
+    assert moved > 0  # the mask is no longer that of the largest weights at the start
 
 
 def test_a_damaged_checkpoint_is_named(data, tmp_path):
