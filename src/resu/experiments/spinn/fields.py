@@ -140,7 +140,7 @@ def train_field(field: Field, *, adam: int, lbfgs: int, rows: int = 2048, rate: 
     """
     if adam:
         optimizer = torch.optim.Adam(field.parameters(), lr=rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(adam, 2), pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, adam)
         for _ in range(adam):
             optimizer.zero_grad()
             _causal(field.residual(*_points(rows)), 1.0).backward()

@@ -6,6 +6,7 @@ The output layer is linear, so its best weights for given hidden units have a cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def fit(
     rows: Tensor | None = None,
     on_optimizer: Callable[[torch.optim.Optimizer], object] | None = None,
 ) -> Twin:
-    """Train in place: one cycle of the learning rate, AdamW, gradients clipped to norm 1.
+    """Train in place: output layer in closed form, then AdamW on everything, gradients clipped to norm 1.
 
     Batches come from torch's global generator.
 
@@ -75,10 +76,10 @@ def fit(
     rate = recipe.rate if rate is None else rate
     groups: list[dict[str, object]] = [{"params": twin.network.parameters()}]
     if twin.law is not None:
-        groups.append({"params": twin.law.parameters(), "weight_decay": 0.0})
+        # A few constants, which may move fast.
+        groups.append({"params": twin.law.parameters(), "weight_decay": 0.0, "lr": 10 * rate})
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=recipe.decay)
-    highest = [rate] + [10 * rate] * (len(groups) - 1)  # a few constants, which may move fast
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, max(steps, 2), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
     if on_optimizer is not None:
         on_optimizer(optimizer)
     pull = solve_output(twin, data, rows)
@@ -92,6 +93,11 @@ def fit(
         optimizer.step()
         schedule.step()
     return twin
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the highest learning rate: a rise over the first tenth, then half a cosine down."""
+    return min(1.0, 10 * (step + 1) / max(steps, 1)) * (1 + math.cos(math.pi * step / max(steps, 1))) / 2
 
 
 @torch.no_grad()
