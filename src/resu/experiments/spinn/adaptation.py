@@ -1,4 +1,4 @@
-"""A new tool is put in: the last layers learn from the first part of its life, or everything is trained again."""
+"""A new tool is put in: the output layer learns from the first part of its life, or everything is trained again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resu.experiments.spinn.fitting import Recipe, fit
+from resu.experiments.spinn.fitting import PENALTIES, Recipe, fit, solve_output
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.twin import Twin, dense_network
 
-__all__ = ["Adaptation", "adapt", "compare_adaptation", "first_part", "retrain", "training_cost"]
+__all__ = ["Adaptation", "adapt", "compare_adaptation", "first_part", "retrain", "solving_cost", "training_cost"]
 
 
 @dataclass(frozen=True)
@@ -51,42 +51,19 @@ def first_part(data: Prepared, group: int, fraction: float) -> tuple[Tensor, Ten
     return rows[early], rows[~early]
 
 
-def _last(network: nn.Sequential, layers: int) -> int:
-    """Index in the chain from which the last linear layers begin."""
-    linear = [i for i, layer in enumerate(network) if isinstance(layer, nn.Linear)]
-    return linear[-layers]
+def adapt(twin: Twin, data: Prepared, rows: Tensor) -> Twin:
+    """A copy whose output layer is solved anew, on the training part and ``rows``; all before it stays.
 
-
-def adapt(twin: Twin, data: Prepared, rows: Tensor, *, layers: int = 2, steps: int = 60, rate: float = 1e-3) -> Twin:
-    """A copy whose last layers were trained on ``rows``; what comes before them is computed once.
-
-    Zeros of a sparse network stay zero. A pull back to the weights of before (L2) keeps what the other tools taught.
+    What the hidden units say of the training part can be kept, so a machine that meets a new tool has little to do.
+    Zeros of a sparse network stay zero.
 
     Args:
         twin: A trained one, dense or sparse.
         data: The recording.
         rows: Rows of the new tool.
-        layers: Linear layers that train, counted from the end.
-        steps: Optimizer steps, all rows each.
-        rate: Learning rate.
     """
     twin = copy.deepcopy(twin)
-    at = _last(twin.network, layers)
-    head = twin.network[at:]
-    with torch.no_grad():
-        features = twin.network[:at](data.inputs[rows])
-    start = [p.detach().clone() for p in head.parameters()]
-    alive = [p != 0 if p.ndim == 2 else torch.ones_like(p, dtype=torch.bool) for p in start]
-    optimizer = torch.optim.Adam(head.parameters(), lr=rate)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        error = ((twin.mean + twin.scale * head(features) - data.targets[rows]) / twin.scale).square().mean()
-        pull = sum(((p - s).square().sum() for p, s in zip(head.parameters(), start, strict=True)), torch.zeros(()))
-        (error + 1e-3 * pull).backward()
-        optimizer.step()
-        with torch.no_grad():
-            for p, mask in zip(head.parameters(), alive, strict=True):
-                p.masked_fill_(~mask, 0.0)
+    solve_output(twin, data, torch.cat([data.train, rows]))
     return twin
 
 
@@ -104,12 +81,23 @@ def _hidden(twin: Twin) -> list[int]:
 
 def training_cost(network: nn.Module, rows: int, steps: int) -> int:
     """Multiply-adds of training: forward, and twice that backward, per weight, row and step."""
-    weights = sum(p.numel() for p in network.parameters() if p.ndim == 2)
-    return 3 * weights * rows * steps
+    return 3 * _weights(network) * rows * steps
+
+
+def solving_cost(network: nn.Sequential, rows: int) -> int:
+    """Multiply-adds of one pass over ``rows``, and of the output layer's normal equations for each penalty."""
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    width = last.in_features
+    return _weights(network) * rows + len(PENALTIES) * last.out_features * (rows * width**2 + width**3 // 3)
+
+
+def _weights(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.ndim == 2)
 
 
 def compare_adaptation(
-    twin: Twin, data: Prepared, group: int, recipe: Recipe, *, fraction: float = 0.3, seed: int = 0, steps: int = 60
+    twin: Twin, data: Prepared, group: int, recipe: Recipe, *, fraction: float = 0.3, seed: int = 0
 ) -> Adaptation:
     """Adapt to one group of the test part and retrain for it; both see the first ``fraction`` of its life.
 
@@ -120,17 +108,16 @@ def compare_adaptation(
         recipe: Of retraining.
         fraction: Of its time.
         seed: Of retraining.
-        steps: Of adapting.
     """
     rows, rest = first_part(data, group, fraction)
     began = time.process_time()
-    adapted = adapt(twin, data, rows, steps=steps)
+    adapted = adapt(twin, data, rows)
     middle = time.process_time()
     again = retrain(twin, data, rows, recipe, seed)
     ended = time.process_time()
-    at = _last(twin.network, 2)
-    cost = training_cost(twin.network[at:], len(rows), steps) + training_cost(twin.network[:at], len(rows), 1) // 3
-    full = training_cost(again.network, recipe.rows, recipe.steps)
+    seen = len(data.train) + len(rows)
+    cost = solving_cost(twin.network, seen)
+    full = training_cost(again.network, recipe.rows, recipe.steps) + solving_cost(again.network, seen)
 
     def error(model: Twin) -> float:
         return float((model.predict(data.inputs[rest]) - data.targets[rest]).square().mean().sqrt())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -34,7 +34,6 @@ RECIPES = {
     "milling": Recipe(steps=60, tune=15, rate=3e-4, tune_rate=1e-4),
     "thermal": Recipe(steps=150, tune=40, rate=1e-3, tune_rate=1e-3),
 }
-ADAPTED_SEEDS = 3
 FIELD_STEPS = {"burgers": {"adam": 300, "lbfgs": 600}, "allen-cahn": {"adam": 600, "lbfgs": 600}}
 WAYS = ("dense", "sparse", "structured", "RESU")
 
@@ -150,25 +149,26 @@ def ridge_row(data: Prepared) -> Row:
     return Row("twin", data.recording.name, "ridge", False, 0, "", 0.0, count, test, val, f"penalty {penalty:g}", spent)
 
 
-def adaptation_rows(twins: Iterable[tuple[str, Twin]], data: Prepared, recipe: Recipe, seed: int) -> list[Row]:
-    """Adaptation of twins to each group of the test part, on the first 30 % of its life."""
-    found = []
-    for way, twin in twins:
-        for group in data.recording.parts[2]:
-            began = time.process_time()
-            if len(torch.unique(data.time[torch.tensor(data.recording.rows([group]))])) < 4:
-                continue  # too short a life to have a first part
-            result = compare_adaptation(twin, data, group, recipe, seed=seed)
-            told = (
-                f"RMSE {data.recording.unit}: before {result.before:.4g}, adapted {result.adapted:.4g}, retrained "
-                f"{result.retrained:.4g}; multiply-adds {result.cost:.4f}, processor time {result.seconds:.4f}"
+def adaptation_rows(folder: str | os.PathLike[str], name: str, seed: int, recipe: Recipe) -> list[Row]:
+    """Adaptation of the sparse twin to each group of the test part, on the first 30 % of its life."""
+    data, found = load_recording(name, folder).prepare(), []
+    twin = dense_twin(data, recipe, seed, physics=True)
+    prune_in_stages(twin, data, recipe).release()
+    for group in data.recording.parts[2]:
+        if len(set(data.recording.time[data.recording.rows([group])])) < 4:
+            continue  # too short a life to have a first part
+        began = time.process_time()
+        result = compare_adaptation(twin, data, group, recipe, seed=seed)
+        told = (
+            f"RMSE {data.recording.unit}: before {result.before:.4g}, adapted {result.adapted:.4g}, retrained "
+            f"{result.retrained:.4g}; multiply-adds {result.cost:.4f}, processor time {result.seconds:.4f}"
+        )
+        found.append(
+            Row(
+                *("adaptation", name, "sparse", True, seed, str(group), TARGET, kept(twin)),
+                *(result.recovered, float("nan"), told, time.process_time() - began),
             )
-            found.append(
-                Row(
-                    *("adaptation", data.recording.name, way, twin.law is not None, seed, str(group), 0.0, kept(twin)),
-                    *(result.recovered, float("nan"), told, time.process_time() - began),
-                )
-            )
+        )
     return found
 
 
@@ -243,11 +243,18 @@ Job = tuple[str, str, bool, int]
 
 def jobs(quantities: Sequence[str], fields: Sequence[str], seeds: int, done: Sequence[Row]) -> list[Job]:
     """What there is to do and is not done yet; what the most depends on comes first."""
-    last = {"twin": "RESU", "field": "sparse", "leave one out": "sparse"}
-    known = {(r.study, r.quantity, r.physics, int(r.group or r.seed)) for r in done if r.way == last.get(r.study)}
+    last = {"twin": "RESU", "field": "sparse", "leave one out": "sparse", "adaptation": "sparse"}
+    known = {
+        (r.study, r.quantity, r.physics, int(r.group) if r.study == "leave one out" else r.seed)
+        for r in done
+        if r.way == last[r.study]
+    }
     groups = {"wear": (3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16), "milling": tuple(range(1, 17))}
     found: list[Job] = [("twin", name, True, seed) for seed in range(seeds) for name in quantities]
     found += [("field", name, True, 0) for name in fields]
+    found += [
+        ("adaptation", name, True, seed) for seed in range(min(seeds, 3)) for name in groups if name in quantities
+    ]
     found += [("leave one out", name, True, g) for name in ("wear",) if name in quantities for g in groups[name]]
     found += [("twin", name, False, seed) for seed in range(seeds) for name in quantities]
     found += [("leave one out", name, True, g) for name in ("milling",) if name in quantities for g in groups[name]]
@@ -258,15 +265,16 @@ def one(shared: tuple[Path, Path], *job: object) -> float:
     """One job in a process of its own; its rows go out at once. Returns the mean of what it measured."""
     folder, csv = shared
     study, name, physics, number = str(job[0]), str(job[1]), bool(job[2]), int(str(job[3]))
+    rows: list[Row]
     if study == "field":
         rows = field_rows(folder, name, number, **FIELD_STEPS[name])
+    elif study == "adaptation":
+        rows = adaptation_rows(folder, name, number, RECIPES[name])
     elif study == "leave one out":
         rows = leave_one_out(folder, name, number, RECIPES[name])
     else:
         data, recipe = load_recording(name, folder).prepare(), RECIPES[name]
-        rows, twins = quantity_rows(data, recipe, number, physics=physics)
-        if physics and name != "thermal" and number < ADAPTED_SEEDS:
-            rows = adaptation_rows([("sparse", twins["sparse"])], data, recipe, number) + rows
+        rows, _ = quantity_rows(data, recipe, number, physics=physics)
         if number == 0 and physics:
             rows.insert(0, ridge_row(data))
     for row in rows:
