@@ -175,3 +175,10 @@ def test_the_loss_of_a_step_does_not_depend_on_its_parts() -> None:
     assert math.isclose(parts.item(), float(expected), rel_tol=1e-6)
     gradients = [torch.autograd.grad(one, logits)[0] for one in (whole, parts)]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
+def test_passes_of_a_step_add_up_to_one(place: Path, tmp_path: Path) -> None:
+    """Classification: transformers' own losses for it would make each pass count as a whole step."""
+    finetune(settings(place, "sparse-lora"), tmp_path / "one")
+    finetune(settings(place, "sparse-lora", batch_size=2, accumulate=2), tmp_path / "two")
+    compare(tmp_path / "one", tmp_path / "two")
