@@ -12,7 +12,7 @@ from resu.experiments.hf_pruning import minilm_directory
 from resu.integrations.hf import load_model
 from resu.integrations.hf_evaluate import embedding_cosine, sentence_embeddings
 from resu.integrations.hf_text import padded_batch, token_ids
-from resu.integrations.shrink.loading import load_shrunk
+from resu.integrations.shrink.loading import load_shrunk_transformer
 from resu.integrations.shrink.measure import measured_latency, sample_inputs
 from resu.integrations.shrink.transform import shrink_transformer
 
@@ -42,9 +42,10 @@ print(f"cosine of embeddings: {embedding_cosine(before, after):.3f}")
 latency = measured_latency([dense, model], sample_inputs(model, 1, 128))
 print(f"a forward pass takes {latency.ratios[1]:.2f} of the time")
 
-# BERT's configuration has no place for a number of heads that leaves their size as it is: load_shrunk reads ours.
+# BERT's configuration has no place for a number of heads that leaves their size as it is:
+# load_shrunk_transformer reads ours.
 model.save_pretrained("minilm-small")
-again = load_shrunk("minilm-small")
+again = load_shrunk_transformer("minilm-small")
 batch = padded_batch(tokenizer, ids[:2])
 with torch.no_grad():
     print("loads as saved:", torch.equal(again(**batch).last_hidden_state, model(**batch).last_hidden_state))

@@ -32,6 +32,8 @@ _NAMES = {
     "StructuredPruner": "resu.pruning.structured",
     "save_shrunk": "resu.pruning.structured",
     "load_shrunk": "resu.pruning.structured",
+    "shrink_transformer": "resu.integrations.shrink.transform",
+    "load_shrunk_transformer": "resu.integrations.shrink.loading",
     "prune_checkpoint": "resu.integrations.checkpoint",
     "reconstruct": "resu.pruning.reconstruction",
     "SparseLoRAConfig": "resu.pruning.sparse_lora",

@@ -15,7 +15,7 @@ import resu.integrations.shrink.removal as removal
 from resu.core.io import FileFormatError
 from resu.integrations.shrink.exactness import random_batch
 from resu.integrations.shrink.families import sites_of
-from resu.integrations.shrink.loading import load_shrunk
+from resu.integrations.shrink.loading import load_shrunk_transformer
 from resu.integrations.shrink.removal import RemovalError, masked, remove
 from resu.integrations.shrink.sizes import sizes_of
 from tests.integrations.shrink_models import ENCODERS, KINDS, make
@@ -100,7 +100,7 @@ def test_the_model_is_saved_and_loaded_by_its_configuration(kind, tmp_path):
     model = make(kind, attention="eager")
     remove(model, some_units(model, 2, 24), [0, 1, 3])
     model.save_pretrained(tmp_path / "out")
-    loaded = load_shrunk(tmp_path / "out", attn_implementation="eager")
+    loaded = load_shrunk_transformer(tmp_path / "out", attn_implementation="eager")
     assert type(loaded) is type(model)
     same(outputs(loaded), outputs(model), 0)
     if kind in (*ENCODERS, "gpt2"):  # the size of a head follows from their number
@@ -112,9 +112,9 @@ def test_the_model_is_saved_and_loaded_by_its_configuration(kind, tmp_path):
         assert model.config.num_attention_heads == 4
         stock = type(model).from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
         same(outputs(stock), outputs(model), 0)
-    again = load_shrunk(tmp_path / "out")
+    again = load_shrunk_transformer(tmp_path / "out")
     again.save_pretrained(tmp_path / "again")
-    assert sizes_of(load_shrunk(tmp_path / "again")) == sizes_of(model)
+    assert sizes_of(load_shrunk_transformer(tmp_path / "again")) == sizes_of(model)
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, "gpt2"])
@@ -134,7 +134,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_ours_to_load(tmp_path):
     assert model.config.resu_shrunk["heads"] == [6] * 4
     assert model.config.intermediate_size == 24
     model.save_pretrained(tmp_path)
-    same(outputs(load_shrunk(tmp_path)), outputs(model), 0)
+    same(outputs(load_shrunk_transformer(tmp_path)), outputs(model), 0)
 
 
 def test_sizes_that_differ_by_block_are_ours_to_load(tmp_path):
@@ -147,12 +147,12 @@ def test_sizes_that_differ_by_block_are_ours_to_load(tmp_path):
         "version": 1,
         "heads": [4, 2, 4, 4],
         "ffn": [8, 24, 24, 24],
-        "load_with": "resu.load_shrunk",
+        "load_with": "resu.load_shrunk_transformer",
     }
     model.save_pretrained(tmp_path)
-    same(outputs(load_shrunk(tmp_path)), outputs(model), 0)
+    same(outputs(load_shrunk_transformer(tmp_path)), outputs(model), 0)
     # Made smaller again, the sizes fit the configuration again.
-    again = load_shrunk(tmp_path)
+    again = load_shrunk_transformer(tmp_path)
     remove(again, {name: torch.arange(1 if "attn" in name else 8) for name in units})
     assert not hasattr(again.config, "resu_shrunk")
     assert sizes_of(again) == {"heads": [2] * 4, "ffn": [8] * 4}
@@ -282,7 +282,7 @@ def test_damaged_sizes_are_refused(stated, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "resu_shrunk": stated}))
     with pytest.raises(ValueError, match="resu_shrunk"):
-        load_shrunk(tmp_path)
+        load_shrunk_transformer(tmp_path)
 
 
 def test_weights_of_other_sizes_than_stated_are_refused(tmp_path):
@@ -296,14 +296,14 @@ def test_weights_of_other_sizes_than_stated_are_refused(tmp_path):
     config["resu_shrunk"]["heads"] = [3] * 4
     file.write_text(json.dumps(config))
     with pytest.raises(FileFormatError, match="another shape"):
-        load_shrunk(tmp_path)
+        load_shrunk_transformer(tmp_path)
 
 
 def test_other_heads_of_a_smaller_model(tmp_path):
     model = make("bert")
     remove(model, some_units(model, 2, 24))
     model.save_pretrained(tmp_path)
-    found = load_shrunk(tmp_path, transformers.AutoModelForSequenceClassification)
+    found = load_shrunk_transformer(tmp_path, transformers.AutoModelForSequenceClassification)
     assert type(found) is transformers.BertForSequenceClassification
     assert sizes_of(found) == sizes_of(model)
     same(outputs(found.base_model), {k: v for k, v in outputs(model).items() if k in outputs(found.base_model)}, 0)

@@ -74,8 +74,8 @@ def command(
 
     With a target one fraction of heads and width is found that meets it; what is given by --heads or --ffn stays as
     given. After the removal the model is compared with the masked one in float64, or nothing is written. The folder
-    loads with from_pretrained, or with resu.load_shrunk where the architecture has no place for its sizes (heads of
-    BERT); resu finetune brings quality back.
+    loads with from_pretrained, or with resu.load_shrunk_transformer where the architecture has no place for its sizes
+    (heads of BERT); resu finetune brings quality back.
     """
     if not model.exists():
         raise CliError(f"there is no file or folder {model}")

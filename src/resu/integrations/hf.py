@@ -84,16 +84,18 @@ def model_class(config: Mapping[str, Any], folder: Path) -> Any:
     """
     import transformers
 
+    from resu.integrations.shrink.loading import loadable_class
+
     named = config.get("architectures") or list((config.get("auto_map") or {}).values())
     if not named:
-        return transformers.AutoModel
+        return loadable_class(transformers.AutoModel, folder, dict(config))
     found = getattr(transformers, str(named[0]), None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise ValueError(
             f"{folder} needs {named[0]!r}, which transformers {transformers.__version__} does not have (code that "
             "comes with a model is not run); methods without data, such as magnitude, do not load it"
         )
-    return found
+    return loadable_class(found, folder, dict(config))  # what resu shrink made may have sizes of its own
 
 
 def widest_dtype(shards: Shards) -> torch.dtype:

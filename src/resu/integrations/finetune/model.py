@@ -14,6 +14,7 @@ from resu.core.io import FileFormatError
 from resu.core.shards import Shards
 from resu.integrations.hf import check_directory, load_tokenizer, quiet, widest_dtype
 from resu.integrations.hf_text import default_length
+from resu.integrations.shrink.loading import loadable_class
 
 __all__ = ["MASK_FILE", "LoadedModel", "head_names", "load_for_task", "settle_task", "usual_length"]
 
@@ -97,7 +98,7 @@ def load_for_task(
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model, info = getattr(transformers, _CLASSES[task]).from_pretrained(
+            model, info = loadable_class(getattr(transformers, _CLASSES[task]), directory).from_pretrained(
                 directory,
                 dtype=stored if dtype is None else dtype,
                 local_files_only=True,

@@ -65,7 +65,7 @@ def _state(config: Any, model: Any, sizes: dict[str, list[int]], stock: Collecti
             config.num_key_value_heads = site.count
             config.head_dim = site.columns.size // site.queries  # no longer hidden_size // num_attention_heads
     if rest := {kind: sizes[kind] for kind in sizes if kind not in stock}:
-        setattr(config, KEY, {"version": VERSION, **rest, "load_with": "resu.load_shrunk"})
+        setattr(config, KEY, {"version": VERSION, **rest, "load_with": "resu.load_shrunk_transformer"})
 
 
 def _builds(config: Any, model: Any) -> bool:

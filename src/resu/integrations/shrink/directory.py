@@ -103,7 +103,7 @@ def shrink_directory(
         "latency": {"before": latency.seconds[0], "after": latency.seconds[1], "ratio": latency.ratios[1]},
         "inputs": list(inputs["input_ids"].shape),
         "verified": shrunk.verified,
-        "loads_with": "resu.load_shrunk" if hasattr(model.config, KEY) else "from_pretrained",
+        "loads_with": "resu.load_shrunk_transformer" if hasattr(model.config, KEY) else "from_pretrained",
         "target": None if config.target is None else _reached(config.target, costs, after, latency),
         "round_to": config.round_to,
         "seed": config.seed,

@@ -13,10 +13,10 @@ from resu.core.shards import Shards
 from resu.integrations.hf import check_directory, load_tokenizer, model_class, quiet, widest_dtype
 from resu.integrations.shrink.sizes import KEY, shrunk_class
 
-__all__ = ["load_pair", "load_shrunk", "loadable_class"]
+__all__ = ["load_pair", "load_shrunk_transformer", "loadable_class"]
 
 
-def load_shrunk(
+def load_shrunk_transformer(
     directory: str | os.PathLike[str],
     kind: Any = None,
     *,
@@ -49,7 +49,7 @@ def load_shrunk(
 
     Example:
         >>> import resu  # doctest: +SKIP
-        >>> model = resu.load_shrunk("minilm-small")  # doctest: +SKIP
+        >>> model = resu.load_shrunk_transformer("minilm-small")  # doctest: +SKIP
     """
     folder = Path(directory)
     config = check_directory(folder)
@@ -107,4 +107,4 @@ def load_pair(
     device: torch.device | str | None = None,
 ) -> tuple[Any, Any]:
     """Model and tokenizer of a directory, smaller or not; as :func:`resu.integrations.hf.load_model`."""
-    return load_shrunk(directory, dtype=dtype, device=device), load_tokenizer(directory)
+    return load_shrunk_transformer(directory, dtype=dtype, device=device), load_tokenizer(directory)

@@ -29,8 +29,8 @@ def save_shrunk(
     """Write a model with fewer heads, neurons or blocks; everything beside the weights is copied.
 
     ``config.json`` is that of the source with the keys changed whose values are others now. It is loaded by
-    ``from_pretrained``, or by :func:`resu.integrations.shrink.loading.load_shrunk` where its architecture cannot be
-    told its sizes.
+    ``from_pretrained``, or by :func:`resu.integrations.shrink.loading.load_shrunk_transformer` where its architecture
+    cannot be told its sizes.
 
     Args:
         model: After :func:`resu.integrations.shrink.removal.remove`.

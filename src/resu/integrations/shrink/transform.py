@@ -67,7 +67,8 @@ def shrink_transformer(
 
     The same number of heads and neurons goes from every block. The result is compared with the masked model in float64
     before any update; if it differs, everything is put back. ``model.save_pretrained`` writes what ``from_pretrained``
-    or, where the architecture has no place for the sizes, :func:`resu.integrations.shrink.loading.load_shrunk` loads.
+    or, where the architecture has no place for the sizes,
+    :func:`resu.integrations.shrink.loading.load_shrunk_transformer` loads.
     Make an optimizer afterwards: one that was made before holds parameters that are no longer in the model.
 
     Args:
