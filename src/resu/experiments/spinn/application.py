@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from resu.pruning.stages import IterativeResult
 
 __all__ = ["Settings", "build"]
 
-QUICK = Recipe(steps=30, tune=10)
+QUICK = Recipe(steps=30, tune=10, rate=3e-4, tune_rate=3e-4)
 QUICK_HIDDEN = (64, 64, 64, 32)
 Progress = Callable[[int, int, str], None]
 
@@ -60,7 +60,7 @@ class Settings:
     @property
     def recipe(self) -> Recipe:
         """Steps and rates."""
-        return replace(QUICK, rate=2e-3) if self.quick else RECIPES[self.quantity]
+        return QUICK if self.quick else RECIPES[self.quantity]
 
     @property
     def hidden(self) -> Sequence[int]:

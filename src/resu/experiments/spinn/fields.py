@@ -21,6 +21,7 @@ from resu.experiments.spinn.twin import dense_network
 __all__ = ["FIELDS", "Equation", "Field", "derivative", "read_solution", "relative_error", "train_field"]
 
 SLICES = 16
+ROUND = 300  # iterations of L-BFGS between two draws of points
 
 
 def derivative(u: Tensor, x: Tensor) -> Tensor:
@@ -129,7 +130,9 @@ def _causal(residual: Tensor, patience: float) -> Tensor:
 
 
 def train_field(field: Field, *, adam: int, lbfgs: int, rows: int = 2048, rate: float = 2e-3) -> Field:
-    """Train in place: Adam with new points each step and causal weights, then L-BFGS on fixed points.
+    """Train in place: Adam with new points each step and causal weights, then L-BFGS in rounds.
+
+    Half of the points of a round are drawn where the residual is large.
 
     Args:
         field: What to train; masks held on it stay.
@@ -146,26 +149,37 @@ def train_field(field: Field, *, adam: int, lbfgs: int, rows: int = 2048, rate: 
             _causal(field.residual(*_points(rows)), 1.0).backward()
             optimizer.step()
             schedule.step()
-    if lbfgs:
-        t, x = _points(2 * rows)
-        second = torch.optim.LBFGS(
-            field.parameters(),
-            max_iter=lbfgs,
-            max_eval=2 * lbfgs,
-            history_size=50,
-            tolerance_grad=1e-10,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            second.zero_grad()
-            loss = field.residual(t, x).square().mean()
-            loss.backward()
-            return loss
-
-        second.step(closure)
+    for left in range(lbfgs, 0, -ROUND):
+        _second_order(field, min(ROUND, left), *_drawn(field, rows), *_points(rows))
     return field
+
+
+def _drawn(field: Field, rows: int) -> tuple[Tensor, Tensor]:
+    """Points drawn in proportion to the residual (Wu et al. 2023, eq. 2): a shock is where nothing else is wrong."""
+    t, x = _points(8 * rows)
+    chosen = torch.multinomial(field.residual(t, x).detach().abs().flatten(), rows)
+    return t[chosen], x[chosen]
+
+
+def _second_order(field: Field, iterations: int, *points: Tensor) -> None:
+    t, x = torch.cat(points[::2]), torch.cat(points[1::2])
+    optimizer = torch.optim.LBFGS(
+        field.parameters(),
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        history_size=50,
+        tolerance_grad=1e-10,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = field.residual(t, x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
 
 
 def read_solution(equation: Equation, folder: str | os.PathLike[str]) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ RECIPES = {
     "milling": Recipe(steps=60, tune=15, rate=3e-4, tune_rate=1e-4),
     "thermal": Recipe(steps=150, tune=40, rate=1e-3, tune_rate=1e-3),
 }
-FIELD_STEPS = {"burgers": {"adam": 300, "lbfgs": 600}, "allen-cahn": {"adam": 600, "lbfgs": 600}}
+FIELD_STEPS = {"burgers": {"adam": 300, "lbfgs": 900}, "allen-cahn": {"adam": 600, "lbfgs": 600}}
 WAYS = ("dense", "sparse", "structured", "RESU")
 
 
@@ -228,7 +228,7 @@ def field_rows(
     result = prune_iteratively(
         field,
         STAGES,
-        lambda model: train_field(field, adam=0, lbfgs=max(1, lbfgs // 4), rows=rows),
+        lambda model: train_field(field, adam=0, lbfgs=max(1, lbfgs // 3), rows=rows),
         target=TARGET,
         pruner=MagnitudePruner(TARGET, include="network.*"),
     )
