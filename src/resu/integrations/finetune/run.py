@@ -188,7 +188,7 @@ class _Job:
                 with warnings.catch_warnings():
                     # accelerate hands DDP an option by the name that torch is about to change
                     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-                    trainer.train(resume_from_checkpoint=_text(checkpoint))
+                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             finally:
                 memory.close()
             if self.interrupts.stopped_at is not None:
@@ -295,7 +295,3 @@ def _check_head(names: list[str], known: Mapping[str, int] | None) -> None:
             f"the model's head was made for the classes {', '.join(other[:8])}, the data has {', '.join(names[:8])}; "
             "rename the labels, or remove id2label and label2id from config.json to train this head on other classes"
         )
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
