@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from resu.core.randomness import derived_seed
 from resu.core.sharding import largest_part, local, shard_beside, shard_like
 
-__all__ = ["BLOCK", "CHUNK", "AdamW8bit", "dequantize_moment", "quantize_moment"]
+__all__ = ["BLOCK", "CHUNK", "AdamW8bit", "dequantize_moment", "forget_draws", "quantize_moment"]
 
 #: Values that share a scale.
 BLOCK = 256
@@ -229,6 +229,11 @@ def _noise(seed: int, step: int, device: torch.device) -> Tensor:
         size = CHUNK if device.type == "cpu" else 4 * CHUNK
         known = _drawn[device] = (seed, step), torch.rand(3, size, generator=generator, device=device)
     return known[1]
+
+
+def forget_draws() -> None:
+    """Let go of what was drawn for the present step (:data:`CHUNK` times 12 bytes); it is drawn again when needed."""
+    _drawn.clear()
 
 
 def _rounded(values: Tensor, noise: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from resu.experiments.finetuning.tasks import Batch, Task
 from resu.experiments.finetuning.ways import KINDS, Prepared, Way, prepare
 from resu.modules.convert import get_resu_modules
 from resu.modules.settings import RESUMode
-from resu.training.adamw8bit import AdamW8bit
+from resu.training.adamw8bit import AdamW8bit, forget_draws
 from resu.training.update_in_backward import optimizer_in_backward
 
 __all__ = ["HEAD_LR", "Row", "held_bytes", "measure", "run"]
@@ -142,6 +142,7 @@ def measure(task: Task, way: Way, seed: int, lr: float, *, lean: bool) -> tuple[
         lr: The learning rate.
         lean: With gradient checkpointing, and updates in the backward pass.
     """
+    forget_draws()  # of another run in this process: they would count as there before
     before = held_bytes(task.device)
     prepared = prepare(task.model(seed), task, way, lr)
     model: Any = prepared.model
