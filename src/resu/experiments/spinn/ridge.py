@@ -28,11 +28,12 @@ def ridge_weights(inputs: Tensor, targets: Tensor, penalty: float) -> tuple[Tens
     return w, targets.mean(0) - inputs.mean(0) @ w
 
 
-def ridge(data: Prepared) -> tuple[Tensor, float]:
+def ridge(data: Prepared, *, also_validation: bool = False) -> tuple[Tensor, float]:
     """Predictions for all rows, ``[rows, channels]``, and the penalty that was best on the validation part.
 
-    The penalty is chosen by a fit to the training part; the final fit has the validation part too, which networks
-    do not train on: the stronger opponent.
+    Args:
+        data: A recording with its split.
+        also_validation: Fit on the validation part too, once the penalty is chosen: rows that no network trains on.
     """
     x, y = data.inputs.double() / SPREAD, data.targets.double()
     best = PENALTIES[2]
@@ -43,6 +44,6 @@ def ridge(data: Prepared) -> tuple[Tensor, float]:
             w, b = ridge_weights(x[data.train], y[data.train], penalty)
             found[penalty] = float(((x[data.val] @ w + b - y[data.val]).square().mean(0) / spread).mean())
         best = min(found, key=lambda p: found[p])
-    rows = torch.cat([data.train, data.val])
+    rows = torch.cat([data.train, data.val]) if also_validation else data.train
     w, b = ridge_weights(x[rows], y[rows], best)
     return (x @ w + b).float(), best

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, pstdev, stdev
 
-from resu.experiments.spinn.runs import WAYS, Row
+from resu.experiments.spinn.runs import RIDGE_MORE, WAYS, Row
 
 __all__ = ["main_table", "pooled_r2", "tables"]
 
@@ -37,7 +37,7 @@ def main_table(rows: Sequence[Row]) -> str:
     twins = [row for row in rows if row.study == "twin"]
     names = [name for name in NAMES if any(row.quantity == name for row in twins)]
     lines = []
-    for way, physics in [("ridge", False), *((w, p) for w in WAYS for p in (False, True))]:
+    for way, physics in [("ridge", False), (RIDGE_MORE, False), *((w, p) for w in WAYS for p in (False, True))]:
         some = [row for row in twins if row.way == way and row.physics == physics]
         if not some:
             continue
@@ -45,9 +45,9 @@ def main_table(rows: Sequence[Row]) -> str:
         seeds = sorted(set.intersection(*(set(found) for found in by.values())))
         overall = [fmean(by[name][seed].test for name in names) for seed in seeds]
         removed = fmean(row.sparsity for row in some)
-        label = way if way == "ridge" else f"{way}, {'with' if physics else 'without'} physics"
+        label = way if way.startswith("ridge") else f"{way}, {'with' if physics else 'without'} physics"
         cells = [spread([row.test for row in by[name].values()]) for name in names]
-        gone = "" if way in ("ridge", "dense") else f"{100 * removed:.1f} %"
+        gone = "" if way not in WAYS[1:] else f"{100 * removed:.1f} %"
         lines.append([label, gone, *cells, spread(overall)])
     return markdown(["", "removed", *(NAMES[name] for name in names), "overall"], lines)
 
