@@ -101,7 +101,7 @@ def test_rows_of_all_ways_and_their_table(data, tmp_path):
     assert [(r.way, r.test) for r in back] == [(r.way, r.test) for r in rows]
     assert main_table(back).count("±") == 2 * len(WAYS) * 2
     assert "sparse, with physics" in tables(back, {})
-    assert jobs(["wear"], [], 2, back)[0] == ("leave one out", "wear", True, 3)
+    assert jobs(["wear"], [], 2, back)[0] == ("adaptation", "wear", True, 0)
     assert ("twin", "wear", True, 2) in jobs(["wear"], [], 3, back)
 
 

@@ -48,8 +48,9 @@ def main_table(rows: Sequence[Row]) -> str:
         label = way if way.startswith("ridge") else f"{way}, {'with' if physics else 'without'} physics"
         cells = [spread([row.test for row in by[name].values()]) for name in names]
         gone = "" if way not in WAYS[1:] else f"{100 * removed:.1f} %"
-        lines.append([label, gone, *cells, spread(overall)])
-    return markdown(["", "removed", *(NAMES[name] for name in names), "overall"], lines)
+        counts = "/".join(str(len(by[name])) for name in names)
+        lines.append([label, gone, *cells, spread(overall), counts])
+    return markdown(["", "removed", *(NAMES[name] for name in names), "overall", "seeds"], lines)
 
 
 def pooled_r2(squared: Sequence[float], counts: Sequence[int], targets: Sequence[float]) -> float:
