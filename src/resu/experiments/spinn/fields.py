@@ -193,7 +193,7 @@ def read_solution(equation: Equation, folder: str | os.PathLike[str]) -> tuple[T
         from scipy.io import loadmat
     except ImportError:
         raise ImportError(
-            "the reference solutions are MATLAB files; reading them needs scipy: pip install scipy"
+            "the reference solutions are MATLAB files; reading them needs scipy: pip install 'resu-torch[spinn]'"
         ) from None
     path = Path(folder) / "pinn_reference" / equation.file
     if not path.is_file():
