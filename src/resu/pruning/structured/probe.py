@@ -9,11 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resu.pruning.structured.effect import without_effect
 from resu.pruning.structured.groups import Group, Structure
 from resu.pruning.structured.removal import shrink_tensors
 from resu.pruning.structured.verify import Check, verify_removal
 
 __all__ = ["Usable", "check_kept", "usable_groups"]
+
+
+_NO_EFFECT = (
+    "no output depends on some of its weights with the example inputs, so that nothing can be verified; give larger "
+    "ones (attention needs more than one token)"
+)
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,13 @@ def usable_groups(
         some = {name: trial[name] for name in names}
         return check_kept(model, structure, some, guessed, inputs, rtol=rtol, seed=seed)
 
-    everything = list(groups)
+    refused = dict.fromkeys(without_effect(model, groups, inputs, seed=seed), _NO_EFFECT)
+    everything = [name for name in groups if name not in refused]
     for guessed in (everything, []):
         if check(everything, guessed):
-            return Usable(dict(groups), frozenset(guessed), {})
+            return Usable({name: groups[name] for name in everything}, frozenset(guessed), refused)
     usable: list[str] = []
     held: set[str] = set()
-    refused: dict[str, str] = {}
     for name in everything:
         first = check([name], [name])
         second = first if first else check([name], [])

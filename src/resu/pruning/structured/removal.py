@@ -33,9 +33,13 @@ class Removal:
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     _back: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _placed: list[tuple[Slot, nn.Parameter]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Put back the very objects that were there: tensors, attributes, optimizer state. Once only.
+
+        Raises:
+            RuntimeError: If something else took the place of a parameter since; nothing has changed then.
 
         Example:
             >>> model = nn.Linear(4, 3)
@@ -44,12 +48,19 @@ class Removal:
             >>> model.weight is weight, model.out_features
             (True, 3)
         """
+        for slot, parameter in self._placed:
+            if slot.tensor is not parameter:
+                raise RuntimeError(
+                    f"{slot.name!r} was replaced since this removal, as a later one does; undo the later one first"
+                )
+        self._placed.clear()
         while self._back:
             self._back.pop()()
 
     def forget(self) -> None:
         """Let go of what was there before; there is no way back then."""
         self._back.clear()
+        self._placed.clear()
 
 
 @torch.no_grad()
@@ -125,6 +136,8 @@ def shrink_tensors(
     except BaseException:
         done.undo()
         raise
+    for key, (_, where, _) in by_tensor.items():
+        done._placed += [(slot, p) for slot in where if isinstance(p := new[key], nn.Parameter)]
     return done
 
 
@@ -186,6 +199,8 @@ def _smaller_states(optimizer: Optimizer | None, tied: Tied) -> dict[int, dict[s
     states: dict[int, dict[str, Any]] = {}
     if optimizer is None:
         return states
+    if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+        raise TypeError("LBFGS keeps all parameters in one vector, which cannot be cut; make a fresh one afterwards")
     for key, (tensor, where, kept) in tied.items():
         if tensor in optimizer.state:
             states[key] = {

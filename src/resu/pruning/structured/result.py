@@ -39,7 +39,11 @@ class StructuredResult:
     _removal: Removal = field(repr=False)
 
     def undo(self) -> None:
-        """Put model and optimizer back as they were, bit for bit, unless something else was removed since."""
+        """Put model and optimizer back as they were, bit for bit.
+
+        Raises:
+            RuntimeError: If something else was removed since, which is to be undone first.
+        """
         self._removal.undo()
 
     def forget(self) -> None:

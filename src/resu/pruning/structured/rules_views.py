@@ -119,6 +119,9 @@ def _split(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Sequence[Te
     inside, rest = apart(watcher.units, watcher.labels_of(x), [dim])
     if len(set(sizes)) == 1 and len(sizes) > 1:
         inside = [_parts_alike(watcher, c, dim, len(sizes), "split") for c in inside]
+    elif len(sizes) > 1 and isinstance(args[1], int):  # a chunk in parts of 3, 3 and 2: what is left falls otherwise
+        for c in inside:
+            watcher.units.fix(c, f"it is split in parts of unequal size, at {watcher.place}")
     start = 0
     for part, size in zip(out, sizes, strict=True):
         mine = [c.narrow(dim, start, size) for c in inside]

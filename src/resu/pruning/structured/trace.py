@@ -84,7 +84,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     Args:
         model: Left as it was.
         example_inputs: A tensor, a tuple of arguments or a dictionary of keyword arguments.
+
+    Raises:
+        TypeError: If the model is a script, or has parameters without values.
+        ValueError: If it does not run on the inputs.
     """
+    _check_model(model)
     units = Units()
     places: dict[int, Slot] = {}
     for slot in slots(model).values():
@@ -100,8 +105,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     watcher = Watcher(model, found, places)
     try:
         model.eval()
-        with plain_forward(), eager(model), watcher.modules(), watcher:
-            out = call(model, example_inputs)
+        try:
+            with plain_forward(), eager(model), watcher.modules(), watcher:
+                out = call(model, example_inputs)
+        except Exception:
+            _check_runs(model, example_inputs)
+            raise
     finally:
         for module, training in modes.items():
             module.training = training
@@ -110,6 +119,29 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             for component in watcher.labels_of(leaf):
                 units.fix(component, "an output of the model")
     return found
+
+
+def _check_model(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError("a scripted model keeps its sizes in its code; make the model smaller, then script it")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise TypeError(f"{name!r} has no shape yet; run the model once, which gives lazy layers their sizes")
+        if tensor.is_meta:
+            raise TypeError(f"{name!r} is on the meta device, without values; load the model first")
+
+
+def _check_runs(model: nn.Module, inputs: Any) -> None:
+    """Say so where a model does not run on its inputs, watched or not."""
+    try:
+        with plain_forward(), eager(model):
+            call(model, inputs)
+    except Exception as error:
+        given = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x)[:40] for _, x in leaves(inputs))
+        raise ValueError(
+            f"{type(model).__name__} does not run on the example inputs ({given}): {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _untouchable(slot: Slot) -> str | None:
