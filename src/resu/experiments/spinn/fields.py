@@ -29,7 +29,7 @@ def derivative(u: Tensor, x: Tensor) -> Tensor:
 
     Example:
         >>> x = torch.tensor([[3.0]], requires_grad=True)
-        >>> float(derivative(derivative(x**3, x), x))
+        >>> float(derivative(derivative(x**3, x), x).detach())
         18.0
     """
     (found,) = torch.autograd.grad(u.sum(), x, create_graph=True)

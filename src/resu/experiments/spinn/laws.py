@@ -132,7 +132,7 @@ class LumpedHeat(nn.Module):
         >>> law = LumpedHeat(tau=torch.tensor([2.0]), gain=torch.ones(1, 1), offset=torch.zeros(1),
         ...                  size=torch.ones(1), weight=1.0, unit="µm", drives=("heat, W",))
         >>> pairs = Pairs(torch.tensor([[0.0]]), torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[5.0]]))
-        >>> float(law.residual(pairs))  # 2·2 + 1 − 5
+        >>> float(law.residual(pairs).detach())  # 2·2 + 1 − 5
         0.0
     """
 
