@@ -2,12 +2,9 @@
 
 import errno
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +18,8 @@ from resu.core.mask_files import read_masks
 from resu.experiments.hf_pruning import minilm_directory, sentences
 from resu.integrations.hf import load_model
 from resu.integrations.hf_evaluate import embedding_cosine, perplexity, sentence_embeddings
+from tests.cli.guides import run_guide
 
-REPO = Path(__file__).resolve().parents[2]
 NUMEL = 226_560  # weights in the linear layers of the blocks
 
 
@@ -372,20 +369,7 @@ def test_a_sentence_encoder_keeps_its_embeddings_by_method(resu, data_dir, tmp_p
 @pytest.mark.slow
 def test_the_guide_runs_as_it_stands(data_folder, tmp_path):
     """Every bash block of the guide that is marked, in one shell, on the small model."""
-    data_folder("model_stories260K")
-    page = (REPO / "docs" / "prune_hf.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- runs in CI -->\n```bash\n(.*?)```", page, flags=re.DOTALL)
+    blocks, done = run_guide("prune_hf.md", tmp_path, data_folder("model_stories260K").parent, 300)
     assert len(blocks) >= 3
-    scripts = Path(sys.executable).parent
-    env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    env["RESU_DATA"] = str(data_folder("model_stories260K").parent)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert "perplexity on" in done.stdout

@@ -1,12 +1,8 @@
 """`resu shrink` on real models: exact, loadable, faster, and clear about what it refuses."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +19,7 @@ from resu.integrations.hf import load_model
 from resu.integrations.hf_evaluate import embedding_cosine, perplexity, sentence_embeddings
 from resu.integrations.shrink.loading import load_pair, load_shrunk_transformer
 from resu.integrations.shrink.sizes import sizes_of
-
-REPO = Path(__file__).resolve().parents[2]
+from tests.cli.guides import run_guide
 
 
 def document(resu, *args):
@@ -335,22 +330,7 @@ def test_a_latency_is_met_on_this_machine(resu, minilm, tmp_path):
 @pytest.mark.slow
 def test_the_guide_runs_as_it_stands(data_folder, tmp_path):
     """Every bash block of the guide that is marked, in one shell, on the small model."""
-    data = data_folder("model_stories260K").parent
-    page = (REPO / "docs" / "shrink.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- runs in CI -->\n```bash\n(.*?)```", page, flags=re.DOTALL)
+    blocks, done = run_guide("shrink.md", tmp_path, data_folder("model_stories260K").parent, 600)
     assert blocks
-    env = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RESU_DATA": str(data),
-    }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert "equals the masked model" in done.stdout
