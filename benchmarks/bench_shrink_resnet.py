@@ -5,11 +5,13 @@
     pip install --no-deps --target FOLDER torch-pruning==1.6.1
 
 Both tools take whole channels by the same importance (the L2 norm of a group) until at most the given share of
-multiply-adds is left; then both smaller networks are fine-tuned on the same images in the same order. ``round 8`` keeps
-multiples of eight channels. Latency is measured at the end for all networks of one depth in turns, on this machine and
-with one thread; ratios are medians over turns. ``wrong`` is the largest difference between the smaller network and the
-same one with the removed channels zeroed, over the largest output, before fine-tuning. torch-pruning has no such check;
-it takes the padding of these networks' shortcuts wrongly and fails, so it gets to prune inside of the blocks only.
+multiply-adds is left; then all smaller networks are fine-tuned on the same images in the same order. ``round 8`` keeps
+multiples of eight channels, ``global`` lets all channels compete; ``blocks`` takes whole residual blocks, those without
+which the loss on 256 training images is least, in seven stages. Latency is measured at the end for all networks of one
+depth in turns, on this machine and with one thread; ratios are medians over turns. ``wrong`` is the largest difference
+between the smaller network and the same one with what was removed zeroed, over the largest output, before fine-tuning.
+torch-pruning has no such check; it takes the padding of these networks' shortcuts wrongly and fails, so it gets to
+prune inside of the blocks only.
 
 The images are JPEGs (quality 75) and the networks were trained on the originals: compare with each other.
 """
@@ -35,8 +37,10 @@ from resu.experiments.data.folder import find_file, find_folder
 from resu.experiments.data.sources import load
 from resu.experiments.models import load_resnet
 from resu.experiments.rows import append
+from resu.pruning.structured.block_pruner import BlockPruner
 from resu.pruning.structured.pruner import StructuredPruner
 from resu.pruning.structured.sizes import count_macs, count_parameters, latencies
+from resu.pruning.structured.steps import shrink_iteratively
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
@@ -69,6 +73,17 @@ def ours(model: nn.Module, left: float, **options: Any) -> tuple[nn.Module, floa
     """By this library."""
     result = StructuredPruner(1 - left, EXAMPLE, target="macs", **options).prune(model)
     return model, result.error
+
+
+def blocks(model: nn.Module, left: float, data: Images) -> tuple[nn.Module, float]:
+    """By this library, whole blocks, scored anew in seven stages."""
+    places = next(iter(data.places(0, 256)))
+    batch = data.take(places, torch.rand(len(places), 5, generator=torch.Generator().manual_seed(0)))
+    pruner = BlockPruner(
+        1 - left, EXAMPLE, calibration=[batch], target="macs", loss_fn=lambda m, b: F.cross_entropy(m(b[0]), b[1])
+    )
+    results = shrink_iteratively(model, pruner, 7)
+    return model, max(result.error for result in results)
 
 
 def theirs(model: nn.Module, left: float) -> tuple[nn.Module, float]:
@@ -136,16 +151,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shrink_resnet.csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    data = load("cifar10")
+    assert isinstance(data, Images)
     tools: dict[str, Callable[[nn.Module, float], tuple[nn.Module, float]]] = {
         "resu": ours,
         "resu, round 8": lambda model, left: ours(model, left, round_to=8),
         "resu, global": lambda model, left: ours(model, left, scope="global"),
+        "resu, blocks": lambda model, left: blocks(model, left, data),
     }
     if args.rivals is not None:
         sys.path.insert(0, str(args.rivals))
         tools["torch-pruning"] = theirs
-    data = load("cifar10")
-    assert isinstance(data, Images)
     about = {key: value for key, value in machine().items() if key in ("cpu", "torch", "python")}
     for depth in args.depths:
         weights = find_file(find_folder("model_resnet_cifar10"), [f"resnet{depth}.npz"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from resu.core.io import FileFormatError, open_header, replacing, seal_header
 from resu.pruning.snapshots import model_checksum, read_model, write_model
 from resu.pruning.structured.attributes import recomputed, set_attribute
+from resu.pruning.structured.blocks import remove_blocks, skipped
 from resu.pruning.structured.slots import Slot, slots
 
 __all__ = ["MANIFEST", "load_shrunk", "save_shrunk"]
@@ -66,6 +67,7 @@ def save_shrunk(
     body = {
         "version": _VERSION,
         "checksum": model_checksum(model),
+        "skipped": skipped(model),
         "shapes": {name: list(slot.tensor.shape) for name, slot in slots(model).items()},
         "attributes": {name: found for name, module in model.named_modules() if (found := _sizes(module))},
         "kept": {
@@ -105,6 +107,23 @@ def load_shrunk(model: nn.Module | Callable[[], nn.Module], folder: str | os.Pat
     body = open_header(_KEY, sealed, _VERSION, path)
     if not isinstance(model, nn.Module):
         model = model()
+    gone = body.get("skipped", [])
+    if unknown := sorted(set(gone) - {name for name, _ in model.named_modules()}):
+        raise FileFormatError(
+            f"{path} is of another model: this one has no block {unknown[0]!r} that was removed there"
+        )
+    back: list[Callable[[], None]] = [remove_blocks(model, gone).undo]
+    try:
+        _fill(model, path, body, back)
+    except BaseException:
+        for undo in reversed(back):
+            undo()
+        raise
+    return model
+
+
+def _fill(model: nn.Module, path: Path, body: Mapping[str, Any], back: list[Callable[[], None]]) -> None:
+    """Sizes, attributes and tensors of the folder; ``back`` grows by what leads back."""
     found = slots(model)
     if set(found) != set(body["shapes"]):
         odd = sorted(set(found) ^ set(body["shapes"]))
@@ -115,24 +134,17 @@ def load_shrunk(model: nn.Module | Callable[[], nn.Module], folder: str | os.Pat
             raise FileFormatError(
                 f"{path}: {name!r} is {shape}, which is no part of the model's {list(slot.tensor.shape)}"
             )
-    back: list[Callable[[], None]] = []
-    try:
-        _resize(found, body["shapes"], back)
-        for module_name, values in body["attributes"].items():
-            module = model.get_submodule(module_name)
-            for attribute, value in values.items():
-                now = vars(module).get(attribute)
-                value = tuple(value) if isinstance(value, list) else value
-                if now is not None and type(now) is type(value) and now != value:
-                    back.append(set_attribute(module, attribute, value))
-        read_model(model, Path(folder) / _WEIGHTS, body["checksum"])
-        for module in model.modules():
-            back.extend(recomputed(module))
-    except BaseException:
-        for undo in reversed(back):
-            undo()
-        raise
-    return model
+    _resize(found, body["shapes"], back)
+    for module_name, values in body["attributes"].items():
+        module = model.get_submodule(module_name)
+        for attribute, value in values.items():
+            now = vars(module).get(attribute)
+            value = tuple(value) if isinstance(value, list) else value
+            if now is not None and type(now) is type(value) and now != value:
+                back.append(set_attribute(module, attribute, value))
+    read_model(model, path.parent / _WEIGHTS, body["checksum"])
+    for module in model.modules():
+        back.extend(recomputed(module))
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:

@@ -124,6 +124,10 @@ class StructuredPruner:
         usable = usable_groups(model, structure, chosen, self.example_inputs, rtol=self.rtol, seed=self.seed)
         return structure, usable
 
+    def units(self, model: nn.Module) -> dict[str, int]:
+        """``{group name: units}`` of what could be removed from."""
+        return {name: len(group) for name, group in self.inspect(model)[1].groups.items()}
+
     def compute_masks(
         self, model: nn.Module, sparsity: float | None = None, *, within: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from resu.core.counting import check_sparsity
 from resu.core.schedule import Cubic, Every
+from resu.pruning.structured.block_pruner import BlockPruner
 from resu.pruning.structured.pruner import StructuredPruner
 from resu.pruning.structured.result import StructuredResult
 from resu.pruning.structured.sizes import count_macs, count_parameters
@@ -22,7 +23,7 @@ __all__ = ["GradualShrinker", "shrink_iteratively"]
 
 def shrink_iteratively(
     model: nn.Module,
-    pruner: StructuredPruner,
+    pruner: StructuredPruner | BlockPruner,
     stages: int | Sequence[float],
     finetune_fn: Callable[..., object] | None = None,
     *,
@@ -70,7 +71,7 @@ def shrink_iteratively(
     return results
 
 
-def _one_sparsity(pruner: StructuredPruner) -> float:
+def _one_sparsity(pruner: StructuredPruner | BlockPruner) -> float:
     if not isinstance(pruner.sparsity, (int, float)):
         raise ValueError("steps lead to one sparsity; the pruner has one per layer")
     return pruner.sparsity
@@ -89,8 +90,8 @@ class Before:
     dense: nn.Module | float | None
 
     @staticmethod
-    def of(model: nn.Module, pruner: StructuredPruner) -> Before:
-        _, usable = pruner.inspect(model)
+    def of(model: nn.Module, pruner: StructuredPruner | BlockPruner) -> Before:
+        units = pruner.units(model)
         dense: nn.Module | float | None = None
         if pruner.target == "parameters":
             dense = float(count_parameters(model))
@@ -98,10 +99,10 @@ class Before:
             dense = float(count_macs(model, pruner.example_inputs))
         elif pruner.target == "latency":
             dense = plain_copy(model)
-        return Before({name: len(group) for name, group in usable.groups.items()}, dense)
+        return Before(units, dense)
 
     def prune(
-        self, model: nn.Module, pruner: StructuredPruner, sparsity: float, optimizer: Optimizer | None
+        self, model: nn.Module, pruner: StructuredPruner | BlockPruner, sparsity: float, optimizer: Optimizer | None
     ) -> StructuredResult:
         return pruner.prune(model, optimizer, sparsity=sparsity, original=self.units, dense=self.dense)
 
@@ -135,7 +136,7 @@ class GradualShrinker:
         ([(16, 9), (9, 8)], 8)
     """
 
-    pruner: StructuredPruner
+    pruner: StructuredPruner | BlockPruner
     optimizer: Optimizer | None = None
     begin_step: int = 0
     end_step: int = 1000

@@ -48,6 +48,7 @@ def meet_target(
     shrunk: Callable[[Kept], nn.Module],
     *,
     dense: nn.Module | float | None = None,
+    least: str = "one unit left of each group that may be removed from",
 ) -> tuple[Kept, Reached]:
     """The units to keep so that ``sparsity`` of the target is removed, by bisection over the sparsity of units.
 
@@ -62,6 +63,7 @@ def meet_target(
         kept_at: ``kept_at(sparsity of units) -> {group: bool per unit}``.
         shrunk: ``shrunk(kept)``: a smaller copy of the model.
         dense: What the sparsity is a fraction of: a size, or for latency a model; None: the present model.
+        least: What is left at the highest sparsity of units, for the error message.
 
     Raises:
         ValueError: If even the fewest units leave more than 5 % too much; it says how much could be removed.
@@ -90,8 +92,8 @@ def meet_target(
     most = left(kept_at(high))
     if most > wanted * (1 + _TOLERANCE):
         raise ValueError(
-            f"{target} cannot be reduced by {sparsity:.0%}: with one unit left of each group that may be removed from, "
-            f"{1 - most:.0%} are gone; ask for less, or let more layers be removed from (include, exclude)"
+            f"{target} cannot be reduced by {sparsity:.0%}: with {least}, {1 - most:.0%} are gone; ask for less, or "
+            "let more layers be removed from (include, exclude)"
         )
     for _ in range(_STEPS if count else 10):
         middle = (low + high) / 2

@@ -29,10 +29,12 @@ __all__ = [
     "compare",
     "differentiable_outputs",
     "double_copy",
+    "in_float64",
     "plain_copy",
     "plain_forward",
     "random_like",
     "verify_removal",
+    "verify_smaller",
 ]
 
 _ROUNDS = 3  # of two inputs each: at one input alone, half of the channels may be zero behind a ReLU
@@ -85,7 +87,8 @@ def plain_forward() -> Iterator[None]:
 
 
 @contextmanager
-def _in_float64() -> Iterator[None]:
+def in_float64() -> Iterator[None]:
+    """Inside, models run as with :func:`plain_forward`, and whatever they make on the way is in float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -157,7 +160,7 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
     Raises:
         TypeError: If there is no tensor among the outputs, or the reference does not run.
     """
-    with _in_float64(), eager(reference), eager(shrunk):
+    with in_float64(), eager(reference), eager(shrunk):
         try:
             wanted = _outputs(call(reference, inputs))
         except Exception as error:
@@ -222,7 +225,36 @@ def verify_removal(
         >>> verify_removal(model, {**good, "2.weight": {1: torch.tensor([0, 1])}}, torch.ones(1, 4)).ok
         False
     """
-    shrink = shrink or (lambda copied: shrink_tensors(copied, slices))
+    return verify_smaller(
+        model,
+        lambda masked: mask_tensors(masked, slices),
+        shrink or (lambda small: shrink_tensors(small, slices)),
+        example_inputs,
+        rtol=rtol,
+        seed=seed,
+    )
+
+
+def verify_smaller(
+    model: nn.Module,
+    mask: Callable[[nn.Module], object],
+    shrink: Callable[[nn.Module], object],
+    example_inputs: Any,
+    *,
+    rtol: float = 1e-9,
+    seed: int = 0,
+) -> Check:
+    """Whether what ``shrink`` makes of a copy equals what ``mask`` makes of one, as :func:`verify_removal` compares.
+
+    Args:
+        model: Not changed.
+        mask: ``mask(copy)``, which zeroes in place what is to go.
+        shrink: ``shrink(copy)``, which takes it out in place.
+        example_inputs, rtol, seed: As for :func:`verify_removal`.
+
+    Raises:
+        TypeError: If the model cannot be copied, or returns no tensor.
+    """
     generator = torch.Generator().manual_seed(seed)
     whole = double_copy(model)
     worst = 0.0
@@ -232,7 +264,7 @@ def verify_removal(
             if round_:
                 add_noise(whole, generator)
             masked, small = copy.deepcopy(whole), copy.deepcopy(whole)
-            mask_tensors(masked, slices)
+            mask(masked)
             try:
                 shrink(small)
             except (ValueError, TypeError, KeyError) as error:
@@ -257,7 +289,7 @@ def add_noise(model: nn.Module, generator: torch.Generator, share: float = 0.1) 
 
 def differentiable_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Outputs of a model in float64, with gradients where it lets them through."""
-    with _in_float64(), torch.enable_grad(), eager(model):
+    with in_float64(), torch.enable_grad(), eager(model):
         return [out for out in _outputs(call(model, inputs)) if out.requires_grad]
 
 
