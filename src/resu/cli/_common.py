@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 __all__ = [
+    "CALIBRATION_TEXT",
     "CliError",
+    "Device",
     "Force",
     "Json",
+    "Length",
     "OneLineErrors",
+    "Samples",
     "format_bytes",
     "format_count",
     "output_folder",
@@ -40,6 +44,12 @@ __all__ = [
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files of an earlier run.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute, such as cuda.")]
+CALIBRATION_TEXT: Any = typer.Option(help='Text to calibrate on: .txt, or .jsonl with one {"text": …} per line.')
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+Length = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per sample; left out: the model's context, at most 2048.")
+]
 
 
 class CliError(Exception):

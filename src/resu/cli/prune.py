@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resu.cli._common import (
+    CALIBRATION_TEXT,
     CliError,
+    Device,
     Force,
     Json,
+    Length,
+    Samples,
     describe_error,
     format_bytes,
     format_count,
@@ -62,13 +66,9 @@ def command(
         str | None,
         typer.Option(help="uniform, er, erk, global, lamp, owl; left out: every layer alike."),
     ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help='Text to calibrate on: .txt, or .jsonl with one {"text": …} per line.')
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per sample; left out: the model's context, at most 2048.")
-    ] = None,
+    calibration: Annotated[Path | None, CALIBRATION_TEXT] = None,
+    samples: Samples = 128,
+    length: Length = None,
     refine: Annotated[str | None, typer.Option(help="dsnot: swap weights in the mask afterwards.")] = None,
     update: Annotated[str | None, typer.Option(help="sparsegpt: adjust the weights that are kept.")] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="What to prune; may be repeated.")] = None,
@@ -90,7 +90,7 @@ def command(
     dtype: Annotated[
         str | None, typer.Option(help=f"Of the result, for methods with data: {', '.join(DTYPES)}.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to prune and evaluate, such as cuda.")] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Of calibration samples and random scores.")] = 0,
     as_json: Json = False,
     force: Force = False,

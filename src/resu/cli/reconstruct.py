@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resu.cli._common import Force, Json, print_json, progress, require, stdout
+from resu.cli._common import CALIBRATION_TEXT, Device, Force, Json, Length, print_json, progress, require, stdout
 from resu.cli.prune import as_options, parse_device, shown_by
 
 EXAMPLE = "Example: resu reconstruct ./llama-50 --dense ./llama --calibration c4.jsonl --out ./llama-50-repaired"
@@ -18,9 +18,7 @@ def command(
         Path, typer.Argument(metavar="PRUNED_DIR", help="A pruned Hugging Face directory, as resu prune writes it.")
     ],
     dense: Annotated[Path, typer.Option(help="The directory that it was pruned from.")],
-    calibration: Annotated[
-        Path, typer.Option(help='Text to calibrate on: .txt, or .jsonl with one {"text": …} per line.')
-    ],
+    calibration: Annotated[Path, CALIBRATION_TEXT],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     train: Annotated[
         str,
@@ -36,9 +34,7 @@ def command(
     lr: Annotated[float, typer.Option(help="First step, relative to the size of a layer's kept weights.")] = 3e-2,
     rank: Annotated[int, typer.Option(min=1, help="Of the low-rank change.")] = 16,
     samples: Annotated[int, typer.Option(min=2, help="Calibration samples.")] = 128,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per sample; left out: the model's context, at most 2048.")
-    ] = None,
+    length: Length = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step; fewer where they are long.")] = 8,
     held_out: Annotated[float, typer.Option(help="Fraction of the batches that choose the epoch.")] = 0.125,
     masks: Annotated[Path | None, typer.Option(help="Mask file; left out: masks.safetensors in PRUNED_DIR.")] = None,
@@ -46,7 +42,7 @@ def command(
         list[str] | None, typer.Option(metavar="GLOB", help="Modules trained one at a time; left out: found.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, or begin one.")] = False,
-    device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.")] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Of calibration samples, order and start values.")] = 0,
     as_json: Json = False,
     force: Force = False,

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resu.cli._common import (
+    CALIBRATION_TEXT,
     CliError,
+    Device,
     Force,
     Json,
+    Length,
+    Samples,
     format_bytes,
     format_count,
     print_json,
@@ -44,13 +48,9 @@ def command(
     method: Annotated[
         str | None, typer.Option(help="taylor, activation (with --data); l2, l1, random. Left out: taylor, or l2.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help='Text to calibrate on: .txt, or .jsonl with one {"text": …} per line.')
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per sample; left out: the model's context, at most 2048.")
-    ] = None,
+    data: Annotated[Path | None, CALIBRATION_TEXT] = None,
+    samples: Samples = 128,
+    length: Length = None,
     evaluate: Annotated[
         Path | None, typer.Option(help="Text to measure quality on before and after; left out: --data.")
     ] = None,
@@ -65,7 +65,7 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="What 10, 30 and 50 % of each part would cost on --data; write nothing.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="Where to look at data and measure, such as cuda.")] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="Of calibration samples and random numbers.")] = 0,
     as_json: Json = False,
     force: Force = False,
