@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resu.integrations.shrink.measure import Costs, measured_latency, smaller_copy
 from resu.integrations.shrink.plan import Fractions, kept_counts
+from resu.pruning.structured.target import smallest_step
 
 __all__ = ["METRICS", "Target", "solve_target"]
 
@@ -94,10 +95,10 @@ def solve_target(
 
     def search(wanted: float) -> Fractions:
         close = 0.0 if exact else _CLOSE * wanted
-        step = _smallest(lambda k: cost(common(k)), steps - 1, wanted, close)
+        step = smallest_step(lambda k: cost(common(k)), steps - 1, wanted, close)
         found = common(step)
         if len(free) == 2:
-            step = _smallest(lambda k: cost(replace(found, ffn=Fraction(k, steps))), step, wanted, close)
+            step = smallest_step(lambda k: cost(replace(found, ffn=Fraction(k, steps))), step, wanted, close)
             found = replace(found, ffn=Fraction(step, steps))
         return found
 
@@ -129,29 +130,3 @@ def _cost(
     if metric == "macs":
         return macs / costs.macs
     return measured_latency([model, smaller_copy(model, counts, blocks)], inputs, rounds).ratios[1]
-
-
-def _smallest(cost: Callable[[int], float], high: int, wanted: float, close: float) -> int:
-    """The smallest step in ``[0, high]`` whose cost, which falls, is at most ``wanted``; or one within ``close`` of it.
-
-    The next step to try is where a line through the ends of the bracket says, kept off its ends: costs are nearly
-    straight, and each may take seconds to measure.
-    """
-    below = cost(high)
-    if abs(below - wanted) <= close:
-        return high
-    low, above = 0, cost(0)
-    if above <= wanted:
-        return 0
-    while high - low > 1 and abs(below - wanted) > close:
-        span = high - low
-        slope = (above - wanted) / max(above - below, 1e-12)
-        guess = low + min(max(round(span * slope), max(1, span // 16)), span - max(1, span // 16))
-        value = cost(guess)
-        if abs(value - wanted) <= close:
-            return guess
-        if value > wanted:
-            low, above = guess, value
-        else:
-            high, below = guess, value
-    return high

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from resu.pruning.structured.sizes import count_macs, count_parameters, latencies
 
-__all__ = ["TARGETS", "Reached", "meet_target"]
+__all__ = ["TARGETS", "Reached", "meet_target", "smallest_step"]
 
 TARGETS = ("units", "parameters", "macs", "latency")
-_STEPS = 24
+_STEPS, _COARSE_STEPS = 1 << 24, 1 << 10  # of the sparsity of units: counts are exact, times are not
 _TOLERANCE = 0.05
 
 Kept = Mapping[str, Tensor]
@@ -50,7 +50,7 @@ def meet_target(
     dense: nn.Module | float | None = None,
     least: str = "one unit left of each group that may be removed from",
 ) -> tuple[Kept, Reached]:
-    """The units to keep so that ``sparsity`` of the target is removed, by bisection over the sparsity of units.
+    """The units to keep so that ``sparsity`` of the target is removed, by a search over the sparsity of units.
 
     Parameters and multiply-adds are counted, and what is left is at most what was asked, as near to it as whole units
     allow. Latency is measured, the model and the smaller one in turns; of what was tried, the nearest is taken.
@@ -87,25 +87,61 @@ def meet_target(
             tried.append((seen[key], kept))
         return seen[key]
 
+    def at(step: int) -> Kept:
+        return kept_at(min(step / steps, 1 - 1e-9))
+
     wanted = 1.0 - sparsity
-    low, high = 0.0, 1.0 - 1e-9
-    most = left(kept_at(high))
+    steps, close = (_STEPS, 0.0) if count else (_COARSE_STEPS, 0.01 * wanted)
+    most = left(at(steps))
     if most > wanted * (1 + _TOLERANCE):
         raise ValueError(
             f"{target} cannot be reduced by {sparsity:.0%}: with {least}, {1 - most:.0%} are gone; ask for less, or "
             "let more layers be removed from (include, exclude)"
         )
-    for _ in range(_STEPS if count else 10):
-        middle = (low + high) / 2
-        now = left(kept_at(middle))
-        if abs(now - wanted) <= (0.0 if count else 0.01) * wanted:
-            break
-        low, high = (middle, high) if now > wanted else (low, middle)
-    if count:
-        _between(kept_at(low), kept_at(high), left, wanted)
+    step = smallest_step(lambda step: left(at(step)), steps, wanted, close)
+    if count and step:
+        _between(at(step - 1), at(step), left, wanted)
     enough = [entry for entry in tried if entry[0] <= wanted] if count else tried
     best, kept = min(enough or tried, key=lambda entry: abs(entry[0] - wanted))
     return kept, Reached(target, sparsity, 1.0 - best)
+
+
+def smallest_step(cost: Callable[[int], float], high: int, wanted: float, close: float = 0.0) -> int:
+    """The smallest step in ``[0, high]`` whose cost is at most ``wanted``; or the first one tried that is close to it.
+
+    Costs may take seconds each and are nearly straight, so what is tried next is where a line through the ends of the
+    bracket says; and the middle whenever a line did not halve it, so there are never more than ``2 log2(high) + 4``.
+
+    Args:
+        cost: ``cost(step)``, which never rises from one step to the next (but for noise, if it is measured).
+        high: The last step; it is the answer where even its cost is larger.
+        wanted: What the cost may be.
+        close: A cost less than this away from ``wanted`` will do; 0: exactly the smallest step.
+
+    Example:
+        >>> smallest_step(lambda step: 100 - step, 99, 36.5)
+        64
+    """
+    below = cost(high)
+    if below > wanted or abs(below - wanted) < close:
+        return high
+    low, above = 0, cost(0)
+    if above <= wanted:
+        return 0
+    halve = False
+    while high - low > 1:
+        span = high - low
+        line = low + round(span * (above - wanted) / (above - below))
+        guess = (low + high) // 2 if halve else min(max(line, low + 1), high - 1)
+        value = cost(guess)
+        if abs(value - wanted) < close:
+            return guess
+        if value > wanted:
+            low, above = guess, value
+        else:
+            high, below = guess, value
+        halve = not halve and 2 * (high - low) > span
+    return high
 
 
 def _between(more: Kept, fewer: Kept, left: Callable[[Kept], float], wanted: float) -> None:
