@@ -91,6 +91,32 @@ def test_a_config_gives_the_layers_of_the_real_model(tmp_path):
         assert (shapes.numel, shapes.others) == (linear, embedding)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_a_model_made_smaller_is_planned_as_it_is(kind, tmp_path):
+    pytest.importorskip("transformers")
+    from resu.integrations.shrink.removal import remove
+    from resu.integrations.shrink.sizes import sizes_of
+    from tests.integrations.shrink_models import make
+
+    model = make(kind, pad_token_id=1)
+    paths = {"bert": ("encoder.layer", "attention.self", "output"), "gpt2": ("h", "attn", "mlp")}
+    blocks, attention, mlp = paths.get(kind, ("layers", "self_attn", "mlp"))
+    kept = {f"{blocks}.{i}.{attention}": torch.arange(2 if i else 1) for i in range(4)}
+    remove(model, kept | {f"{blocks}.{i}.{mlp}": torch.arange(24) for i in range(4)})
+    model.save_pretrained(tmp_path)
+    assert len(set(sizes_of(model)["heads"])) == 2  # which no configuration of transformers can say
+    shapes = read_config(tmp_path)
+    layers = dict(model.base_model.named_parameters())
+    weights = [p for n, p in layers.items() if n.startswith(f"{blocks}.") and n.endswith("weight") and p.ndim == 2]
+    planned = [layer for layer in shapes.layers if layer.name != "output layer"]
+    assert sum(layer.numel for layer in planned) == sum(weight.numel() for weight in weights)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["resu_shrunk"]["heads"] = [1, 2]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CliError, match=r"resu_shrunk .* 4 sizes of heads"):
+        read_config(tmp_path)
+
+
 def test_an_output_layer_tied_to_the_embedding_stays_dense(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
     tied = read_config(tmp_path)

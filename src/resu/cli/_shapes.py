@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,19 +95,37 @@ def read_config(path: Path) -> Shapes:
     head = value("head_dim", default=hidden // heads)
     kv = head * value("num_key_value_heads", default=heads)
     inner = value("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", default=4 * hidden)
-    blocks = [
-        LayerShape("attention query", heads * head, hidden, depth),
-        LayerShape("attention key, value", kv, hidden, 2 * depth),
-        LayerShape("attention output", hidden, heads * head, depth),
-        LayerShape("feed-forward in", inner, hidden, (2 if _is_gated(config) else 1) * depth),
-        LayerShape("feed-forward out", hidden, inner, depth),
-    ]
+    gated = 2 if _is_gated(config) else 1
+    blocks = []
+    for size, count in _by_block(config, path, "heads", heads, depth):
+        wide = size * head
+        blocks += [
+            LayerShape("attention query", wide, hidden, count),
+            LayerShape("attention key, value", kv * size // heads, hidden, 2 * count),
+            LayerShape("attention output", hidden, wide, count),
+        ]
+    for size, count in _by_block(config, path, "ffn", inner, depth):
+        blocks += [
+            LayerShape("feed-forward in", size, hidden, gated * count),
+            LayerShape("feed-forward out", hidden, size, count),
+        ]
     vocabulary = value("vocab_size", default=0)
     others = vocabulary * hidden
     # An output layer tied to the embedding is the embedding, and stays dense.
     if vocabulary and not config.get("tie_word_embeddings", _tied_by_default(config)) and _has_head(config):
         blocks.append(LayerShape("output layer", vocabulary, hidden))
     return Shapes(tuple(blocks), others)
+
+
+def _by_block(config: dict[str, Any], path: Path, kind: str, size: int, depth: int) -> list[tuple[int, int]]:
+    """``(size, how many blocks have it)``: the one that is given, or what ``resu shrink`` wrote where they differ."""
+    shrunk = config.get("resu_shrunk") or {}
+    sizes = shrunk.get(kind, [size] * depth) if isinstance(shrunk, dict) else None
+    if not isinstance(sizes, list) or [one for one in sizes if isinstance(one, int) and 0 < one <= size] != sizes:
+        sizes = []
+    if len(sizes) != depth:
+        raise CliError(f"resu_shrunk in {path} does not give {depth} sizes of {kind}, of at most {size} each")
+    return list(Counter(sizes).items())
 
 
 def _is_gated(config: dict[str, Any]) -> bool:
