@@ -1,8 +1,10 @@
 """Model folders: whole or not there; what lies beside the weights comes along, dense weights do not."""
 
+import os
+
 import pytest
 
-from resu.integrations.folders import check_apart, copy_companions, new_folder
+from resu.integrations.folders import check_apart, check_free, copy_companions, new_folder
 
 
 def names(folder):
@@ -51,6 +53,12 @@ def test_an_empty_folder_is_no_obstacle_and_a_file_or_a_missing_parent_is(tmp_pa
     with pytest.raises(FileNotFoundError, match="make it first"), new_folder(tmp_path / "a" / "b"):
         pass
     assert names(tmp_path) == ["empty", "empty/x", "file"]
+
+
+def test_a_place_that_cannot_be_written_is_known_before_long_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(PermissionError, match="cannot be written; name another place"):
+        check_free(tmp_path / "out")
 
 
 def test_companions_come_along_and_dense_weights_do_not(tmp_path):

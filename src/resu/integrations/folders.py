@@ -92,10 +92,13 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
     Raises:
         FileExistsError: If something is there that may not be replaced.
         FileNotFoundError: If the folder above does not exist.
+        PermissionError: If the folder above cannot be written.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"the folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK):  # a mount that is read-only, for one
+        raise PermissionError(f"the folder {target.parent} cannot be written; name another place")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():
