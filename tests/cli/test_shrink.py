@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import resu.integrations.shrink.directory
@@ -17,7 +18,7 @@ from resu.cli.shrink import parse_shape
 from resu.experiments.hf_pruning import minilm_directory, sentences
 from resu.integrations.hf import load_model
 from resu.integrations.hf_evaluate import embedding_cosine, perplexity, sentence_embeddings
-from resu.integrations.shrink.loading import load_pair, load_shrunk_transformer
+from resu.integrations.shrink.loading import load_shrunk_transformer
 from resu.integrations.shrink.sizes import sizes_of
 from tests.cli.guides import run_guide
 
@@ -108,7 +109,7 @@ def test_heads_that_no_configuration_can_say_load_with_resu(resu, refused, stori
     assert report["loads_with"] == "resu.load_shrunk_transformer"
     with pytest.raises(RuntimeError, match="mismatch"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    model, tokenizer = load_pair(tmp_path / "out")
+    model, tokenizer = load_model(tmp_path / "out")
     assert perplexity(model, tokenizer, texts[1]).perplexity == pytest.approx(report["evaluation"]["after"], rel=1e-5)
     again = document(resu, tmp_path / "out", "--heads", "1/3", "--out", tmp_path / "again")
     assert again["sizes"]["after"]["heads"] == [4] * 5
@@ -124,6 +125,34 @@ def test_counted_targets(resu, stories, tmp_path, option, key, value):
     assert reached == report["target"]["reached"]
     assert 0.95 * wanted < reached <= wanted
     assert report["method"] == "l2"
+
+
+def test_what_is_too_little_is_said(resu, stories, tmp_path):
+    report = document(resu, stories, "--ffn", "0.5", "--heads", "1/5", "--out", tmp_path / "out")
+    assert report["warnings"] == ["heads 1/5 takes none of 4 groups of query heads; all stay"]
+    assert report["sizes"]["after"] == {"heads": [8] * 5, "ffn": [88] * 5}
+
+
+def test_a_target_that_is_missed_is_said(resu, stories, tmp_path, monkeypatch):
+    from resu.integrations.shrink import directory, targets
+    from resu.pruning.structured.sizes import Latency, count_parameters
+
+    def timed(models, inputs, rounds):
+        share = count_parameters(models[1]) / count_parameters(models[0])
+        return Latency((1.0, share), (1.0, share))
+
+    monkeypatch.setattr(targets, "measured_latency", timed)
+    for slower, notes in ((1.0, 0), (1.2, 1)):  # between the search and the last measurement
+
+        def later(models, inputs, rounds, slower=slower):
+            share = slower * timed(models, inputs, rounds).ratios[1]
+            return Latency((1.0, share), (1.0, share))
+
+        monkeypatch.setattr(directory, "measured_latency", later)
+        report = document(resu, stories, "--target-latency", "0.6", "--out", tmp_path / str(notes))
+        assert len(report["warnings"]) == notes
+        assert report["target"]["reached"] == pytest.approx(0.6 * slower, rel=0.05)
+    assert "0.6x was asked for" in report["warnings"][0]
 
 
 def test_given_heads_stay_as_given(resu, stories, tmp_path):
@@ -145,6 +174,25 @@ def test_whole_blocks(resu, stories, texts, tmp_path):
         model.generate(prompt, max_new_tokens=20, do_sample=False, use_cache=True),
         model.generate(prompt, max_new_tokens=20, do_sample=False, use_cache=False),
     )
+
+
+def test_dtypes_stay_where_a_checkpoint_mixes_them(resu, stories, texts, tmp_path):
+    source = shutil.copytree(stories, tmp_path / "mixed")
+    mixed = {
+        name: value.to(torch.float32 if "norm" in name or ".4." in name else torch.bfloat16)
+        for name, value in load_file(source / "model.safetensors").items()
+    }
+    save_file({**mixed, "probe.weight": torch.zeros(2)}, source / "model.safetensors", {"format": "pt"})
+    report = document(resu, source, "--ffn", "0.5", "--depth", 1, "--out", tmp_path / "out", *with_data(texts))
+    assert report["blocks"] != [0, 1, 2, 3]
+    assert report["warnings"] == ["tensor probe.weight is not in the output"]
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        for place, block in enumerate(report["blocks"]):
+            if f".{place}." in name:
+                name = name.replace(f".{place}.", f".{block}.")
+                break
+        assert value.dtype == mixed[name].dtype, name
+    assert resu("validate", tmp_path / "out").exit_code == 0
 
 
 def test_the_table(resu, stories, texts, tmp_path):
@@ -235,17 +283,22 @@ def test_a_wrong_removal_writes_nothing(refused, stories, tmp_path, monkeypatch)
         (("--ffn", "0.5", "--evaluate", "absent.txt"), "--evaluate absent.txt"),
         (("--ffn", "0.5", "--shape", "128"), "--shape"),
         (("--ffn", "0.5", "--shape", "1x1024"), "up to 512"),
+        (("--ffn", "0.5", "--data", "text.txt", "--length", "1024"), "more than the 512"),
         (("--ffn", "0.5", "--round-to", "0"), "--round-to"),
         (("--ffn", "0.5", "--device", "warp"), "--device warp"),
         (("--dry-run",), "calibration text"),
+        (("--heads", "0.2"), "nothing would be removed: heads 1/5 takes none of 4 groups"),
+        (("--ffn", "0.01"), "takes none of 172, as what stays is rounded up to a multiple of 8"),
+        (("--ffn", "0.5", "--evaluate", "table.csv"), "is a table"),
         (("--ffn", "0.5", "--data", "table.csv"), "is a table"),
     ],
 )
 def test_bad_options(refused, stories, tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").write_text("text,label\na,b\n")
+    (tmp_path / "text.txt").write_text("Lily went to the park. " * 200)
     assert re.search(says, refused("shrink", stories, *args, "--out", tmp_path / "out"))
-    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "text.txt"]
 
 
 def test_bad_directories(refused, stories, texts, tmp_path):
@@ -270,6 +323,7 @@ def test_architectures_that_are_not_known_are_refused(refused, tmp_path):
 
     config = OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
     OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    (tmp_path / "opt" / "model.safetensors").write_bytes(b"")  # known before weights are read
     line = refused("shrink", tmp_path / "opt", "--ffn", "0.5", "--out", tmp_path / "out")
     assert "'opt' models" in line
     assert "known: bert" in line
@@ -306,7 +360,7 @@ def test_a_sentence_encoder_with_fewer_heads_and_half_the_width(resu, refused, m
     assert report["evaluation"]["metric"] == "cosine"
     assert 0.6 < report["evaluation"]["after"] < 1
     lines = held_out.read_text().splitlines()
-    dense, small = load_model(source), load_pair(tmp_path / "out")
+    dense, small = load_model(source), load_model(tmp_path / "out")
     cosine = embedding_cosine(sentence_embeddings(*dense, lines), sentence_embeddings(*small, lines))
     assert cosine == pytest.approx(report["evaluation"]["after"], abs=1e-4)
     for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "vocab.txt"):

@@ -13,11 +13,12 @@ import transformers
 
 import resu.integrations.shrink.removal as removal
 from resu.core.io import FileFormatError
-from resu.integrations.shrink.exactness import random_batch
+from resu.integrations.shrink.exactness import longest_input, random_batch
 from resu.integrations.shrink.families import sites_of
 from resu.integrations.shrink.loading import load_shrunk_transformer
 from resu.integrations.shrink.removal import RemovalError, masked, remove
 from resu.integrations.shrink.sizes import sizes_of
+from resu.integrations.shrink.transform import shrink_transformer
 from tests.integrations.shrink_models import ENCODERS, KINDS, make
 
 CASES = [
@@ -255,6 +256,85 @@ def test_what_cannot_be_removed_is_refused():
         sites_of(adapted)
 
 
+def test_what_is_no_model_of_transformers_is_refused():
+    for other in (torch.nn.Linear(3, 3), torch.nn.Sequential(make("llama")), None):
+        for step in (sites_of, shrink_transformer):
+            with pytest.raises(ValueError, match="no model of transformers"):
+                step(other)
+
+
+def test_adapters_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="merge adapters"):
+        shrink_transformer(peft.get_peft_model(make("llama"), config), 0.4)
+
+
+def test_a_model_that_chooses_among_texts_is_left_as_it_was():
+    model = transformers.BertForMultipleChoice(make("bert").config).eval()
+    before = snapshot(model)
+    with pytest.raises(RemovalError, match="does not run"):
+        remove(model, some_units(model, 2, 24))
+    assert snapshot(model) == before
+
+
+def test_a_decoder_that_classifies_needs_no_padding_token(tmp_path):
+    model = transformers.LlamaForSequenceClassification(make("llama", pad_token_id=None).config).eval()
+    assert remove(model, some_units(model, 2, 24), [0, 3]) <= 1e-9
+    model.save_pretrained(tmp_path)
+    same(outputs(load_shrunk_transformer(tmp_path)), outputs(model), 0)
+
+
+def test_as_many_tokens_as_positions_that_are_used():
+    model = make("roberta", max_position_embeddings=10)
+    assert longest_input(model) == 8  # positions begin behind that of padding, which is 1
+    assert random_batch(model)["input_ids"].shape == (2, 8)
+    assert remove(model, some_units(model, 2, 24)) <= 1e-9
+    assert longest_input(make("bert", max_position_embeddings=10)) == 10
+    assert longest_input(make("llama", max_position_embeddings=5)) == 5
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [{"input_ids": torch.ones(2, 4, dtype=torch.int64)}],
+        {"input_ids": torch.ones(2, 4, dtype=torch.int64), "attention_mask": torch.ones(2, 4, dtype=torch.int64)},
+        [{"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}],
+        [{"input_ids": torch.ones(4, dtype=torch.int64), "attention_mask": torch.ones(4, dtype=torch.int64)}],
+        [torch.ones(2, 4, dtype=torch.int64)],
+    ],
+)
+def test_batches_that_cannot_be_looked_at_are_refused(batches):
+    model = make("bert")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"mappings with tensors input_ids and attention_mask"):
+        shrink_transformer(model, ffn=0.5, method="activation", batches=batches)
+    assert snapshot(model) == before
+
+
+def test_batches_may_come_one_by_one():
+    options = {"ffn": 0.5, "depth": 1, "method": "activation", "update": "least-squares"}
+    listed, streamed = make("llama"), make("llama")
+    batches = [random_batch(listed, seed) for seed in range(3)]
+    a = shrink_transformer(listed, **options, batches=batches)
+    b = shrink_transformer(streamed, **options, batches=(batch for batch in batches))
+    assert a.blocks == b.blocks
+    same(outputs(streamed), outputs(listed), 0)
+
+
+def test_units_are_told_of_the_blocks_that_stay():
+    model = make("llama")
+    was = make("llama")
+    done = shrink_transformer(model, 0.4, 0.5, 2, batches=[random_batch(model)])
+    assert sorted({int(name.split(".")[1]) for name in done.units}) == done.blocks
+    assert len(done.units) == 4
+    for place, block in enumerate(done.blocks):
+        kept = done.units[f"layers.{block}.mlp"]
+        assert torch.equal(
+            model.model.layers[place].mlp.up_proj.weight, was.model.layers[block].mlp.up_proj.weight[kept]
+        )
+
+
 def test_ties_dtype_and_frozen_weights_stay():
     model = make("llama-tied").to(torch.bfloat16)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
@@ -297,6 +377,13 @@ def test_weights_of_other_sizes_than_stated_are_refused(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(FileFormatError, match="another shape"):
         load_shrunk_transformer(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("llama", "BertModel"), ("bert", "LlamaModel")])
+def test_a_class_of_another_architecture_does_not_load_in_silence(kind, other, tmp_path):
+    make(kind).save_pretrained(tmp_path)
+    with pytest.raises(FileFormatError, match="lacks weights"):
+        load_shrunk_transformer(tmp_path, getattr(transformers, other))
 
 
 def test_other_heads_of_a_smaller_model(tmp_path):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
+import transformers
+
 import resu.integrations.shrink.targets as targets
 from resu.integrations.shrink.families import Rows, Site, sites_of
 from resu.integrations.shrink.measure import Costs, sample_inputs, smaller_copy
@@ -181,6 +183,16 @@ def test_impossible_targets(metric, value):
 def test_inputs_that_the_model_was_not_made_for_are_refused():
     with pytest.raises(ValueError, match="up to 512"):
         sample_inputs(make("bert"), 1, 513)
+    roberta = make("roberta", max_position_embeddings=10)
+    assert roberta(**sample_inputs(roberta, 1, 8)).logits.shape == (1, 2)
+    with pytest.raises(ValueError, match="up to 8"):
+        sample_inputs(roberta, 1, 9)
+
+
+def test_a_model_that_does_not_run_on_plain_tokens_is_refused():
+    model = transformers.BertForMultipleChoice(make("bert").config)
+    with pytest.raises(ValueError, match="BertForMultipleChoice does not run on token ids"):
+        Costs.of(model, sample_inputs(model, 1, 8))
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

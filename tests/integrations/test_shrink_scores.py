@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
+import transformers
+
 from resu.integrations.shrink.activity import block_influences
 from resu.integrations.shrink.exactness import random_batch
 from resu.integrations.shrink.families import sites_of
@@ -175,8 +177,10 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output(kind):
     torch.testing.assert_close(found, turned / count, rtol=1e-4, atol=1e-6)
 
 
-def test_padding_counts_for_nothing():
-    model = make("llama")
+@pytest.mark.parametrize("kind", ["llama", "electra-discriminator"])
+def test_padding_counts_for_nothing(kind):
+    # Of a discriminator there is a logit per token: what it says of padding must not count either.
+    model = make(kind) if kind == "llama" else transformers.ElectraForPreTraining(make("electra").config).eval()
     batch = random_batch(model)
     other = dict(batch, input_ids=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 7))
     for method in ("activation", "taylor"):
@@ -201,12 +205,14 @@ def test_unknown_scores_and_missing_data_are_refused():
 
 def test_frozen_models_and_modes_are_as_before():
     model = make("llama").train()
+    model.model.layers[1].eval()  # as a user may hold a part of a model
+    modes = {name: module.training for name, module in model.named_modules()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     before = {name: p.clone() for name, p in model.named_parameters()}
     for method in unit_scores:
         score_units(model, method, Calibration(batches(model)))
-    assert model.training
+    assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.config.use_cache
     assert not any(p.requires_grad for p in model.parameters())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

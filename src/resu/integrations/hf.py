@@ -225,12 +225,12 @@ def save_pruned(
         write_model(model, temporary, max_shard_size)
         before, after = Shards.open(folder), Shards.open(temporary)
         if dtype is None:
-            _restore_dtypes(before, after)
+            restore_dtypes(after, {name: before.dtype(name) for name in before.names})
             (temporary / "config.json").write_bytes((folder / "config.json").read_bytes())  # as its author wrote it
         left_out = copy_companions(folder, temporary)
         if tokenizer is not None and not any((temporary / name).is_file() for name in _TOKENIZER_FILES):
             tokenizer.save_pretrained(temporary)
-        lost = [f"tensor {n} is not in the output" for n in _not_carried(model, before, after)]
+        lost = [f"tensor {n} is not in the output" for n in not_carried(model, before, after)]
         lost += [f"{file} was not copied: it holds unpruned weights" for file in left_out]
         stored = stored_names(model, after)
         report = {
@@ -294,7 +294,7 @@ def stored_names(model: Any, after: Shards) -> dict[str, str]:
     return found
 
 
-def _not_carried(model: Any, before: Shards, after: Shards) -> list[str]:
+def not_carried(model: Any, before: Shards, after: Shards) -> list[str]:
     """Tensors of the source that are not in the output, other names of tied weights aside."""
     tied = {name for group in _tied_names(model) for name in group}
     prefix = f"{model.base_model_prefix}."  # with or without it, it is the same tensor to from_pretrained
@@ -304,16 +304,16 @@ def _not_carried(model: Any, before: Shards, after: Shards) -> list[str]:
     return sorted(name for name in before.names if name.removeprefix(prefix) not in known)
 
 
-def _restore_dtypes(before: Shards, after: Shards) -> None:
+def restore_dtypes(after: Shards, dtypes: Mapping[str, torch.dtype]) -> None:
     """Give every tensor the dtype it has in the source, where a checkpoint mixes several."""
-    wrong = {n for n in after.names if n in before.entries and after.dtype(n) != before.dtype(n)}
+    wrong = {n for n in after.names if after.dtype(n) != dtypes.get(n, after.dtype(n))}
     for file in sorted({after.file_of(name) for name in wrong}):
         tensors: dict[str, Tensor] = {}
         for name in after.names:
             if after.file_of(name) == file:
                 tensors[name] = after.read(name)
                 if name in wrong:
-                    tensors[name] = tensors[name].to(before.dtype(name))
+                    tensors[name] = tensors[name].to(dtypes[name])
         write_safetensors(tensors, after.folder / file, after.metadata[file])
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from resu.integrations.shrink.families import Site, blocks_of
 from resu.integrations.shrink.weights import weight_of
+from resu.pruning.statistics import eager, undisturbed
 
 __all__ = ["block_influences", "output_energies", "run_batches"]
 
@@ -123,14 +124,6 @@ def run_batches(
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """In evaluation mode and without a cache of keys and values; as before afterwards."""
-    training, cache = model.training, getattr(model.config, "use_cache", None)
-    try:
-        model.eval()
-        if cache is not None:
-            model.config.use_cache = False
+    """In evaluation mode and without a cache of keys and values; each module as before afterwards."""
+    with undisturbed(model, {}), eager(model):
         yield
-    finally:
-        model.train(training)
-        if cache is not None:
-            model.config.use_cache = cache

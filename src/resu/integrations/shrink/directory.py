@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from resu.integrations.folders import check_apart, check_free
+from resu.integrations.hf import check_directory, load_model
 from resu.integrations.hf_prune import model_batches
-from resu.integrations.hf_text import read_texts
+from resu.integrations.hf_text import default_length, read_texts
 from resu.integrations.shrink.activity import block_influences
-from resu.integrations.shrink.loading import load_pair
+from resu.integrations.shrink.exactness import longest_input
+from resu.integrations.shrink.families import family_named
 from resu.integrations.shrink.measure import Costs, measured_latency, sample_inputs, smaller_copy
-from resu.integrations.shrink.plan import choose_blocks, kept_counts
+from resu.integrations.shrink.plan import choose_blocks, kept_counts, without_effect
 from resu.integrations.shrink.quality import BatchJudge, FileJudge
 from resu.integrations.shrink.saving import save_shrunk
 from resu.integrations.shrink.scores import Calibration, score_units
@@ -31,6 +33,7 @@ __all__ = ["sensitivity_of_directory", "shrink_directory"]
 
 Progress = Callable[[int, int, str], None]
 _ROUNDS = 25
+_WITHIN = 0.05  # of a latency that was asked for; further off is worth a word
 _TOKENS = 128  # of the inputs that a model is counted and timed on
 
 
@@ -41,7 +44,6 @@ def shrink_directory(
     *,
     overwrite: bool = False,
     device: torch.device | str | None = None,
-    max_shard_size: str = "5GB",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make a model directory smaller: heads, feed-forward width and whole blocks are removed for real.
@@ -52,7 +54,6 @@ def shrink_directory(
         config: How.
         overwrite: Whether an earlier result in ``out`` may be replaced.
         device: Where to look at data and to measure; None: the CPU.
-        max_shard_size: Largest weight file.
         progress: Called with (done, total, what).
 
     Returns:
@@ -73,25 +74,28 @@ def shrink_directory(
     for text in (config.data, config.evaluate):
         if text is not None:
             read_texts(text)  # that it can be read is better known before a large model is
-    model, tokenizer = load_pair(source, device=device)
+    model, tokenizer = _load(source, device)
     stated, sizes = model.config.to_dict(), sizes_of(model)
     inputs = _inputs(model, config)
     costs = Costs.of(model, inputs)
     batches = _batches(model, tokenizer, config)
     text = config.evaluate or config.data
     judge = None if text is None else FileJudge(model, tokenizer, text, progress)
-    quality = None if judge is None else (1.0 if judge.metric == "cosine" else judge(model))
     influences = block_influences(model, batches, progress) if config.depth else None
     blocks = choose_blocks(model, influences, config.depth)
     fractions = config.fractions
     if config.target is not None:
         tell = None if progress is None else (lambda what: progress(0, 1, what))
         fractions = solve_target(model, costs, inputs, config.target, fractions, config.free, blocks, tell)
-    counts = kept_counts(costs.sites, fractions)
+    counts, idle = kept_counts(costs.sites, fractions), without_effect(costs.sites, config.fractions)
+    if blocks is None and costs.after(counts) == (costs.parameters, costs.macs):
+        raise ValueError(f"nothing would be removed: {'; '.join(idle)}; ask for more")
+    quality = None if judge is None else (1.0 if judge.metric == "cosine" else judge(model))
     # Which units go makes no difference to the time, and now there is still the model as it was to compare with.
     latency = measured_latency([model, smaller_copy(model, counts, blocks)], inputs, _ROUNDS)
     shrunk = shrink_to(model, counts, blocks, config.score, batches, config.update, config.seed, progress)
     after = Costs.of(model, inputs)
+    target = None if config.target is None else _reached(config.target, costs, after, latency)
     report: dict[str, Any] = {
         "source": str(source),
         "method": config.score,
@@ -104,11 +108,11 @@ def shrink_directory(
         "inputs": list(inputs["input_ids"].shape),
         "verified": shrunk.verified,
         "loads_with": "resu.load_shrunk_transformer" if hasattr(model.config, KEY) else "from_pretrained",
-        "target": None if config.target is None else _reached(config.target, costs, after, latency),
+        "target": target,
         "round_to": config.round_to,
         "seed": config.seed,
         "units": {name: kept.tolist() for name, kept in shrunk.units.items()},
-        "warnings": [],
+        "warnings": [*(f"{line}; all stay" for line in idle), *_missed(target)],
     }
     if judge is not None:
         report["evaluation"] = {
@@ -119,7 +123,7 @@ def shrink_directory(
         }
     report["seconds"] = time.perf_counter() - began
     model.to("cpu")
-    return save_shrunk(model, source, out, report, stated, max_shard_size=max_shard_size, overwrite=overwrite)
+    return save_shrunk(model, source, out, report, stated, overwrite=overwrite)
 
 
 def sensitivity_of_directory(
@@ -146,7 +150,7 @@ def sensitivity_of_directory(
     """
     if config.data is None:
         raise ValueError("what parts of a model cost is measured on data: give a calibration text")
-    model, tokenizer = load_pair(source, device=device)
+    model, tokenizer = _load(source, device)
     batches = _batches(model, tokenizer, config)
     scores = score_units(model, config.score, Calibration(batches, config.seed, progress))
     judge = BatchJudge(model, batches)
@@ -155,16 +159,27 @@ def sensitivity_of_directory(
     return {"source": str(source), "method": config.score, "metric": judge.metric, "dense": dense, "rows": rows}
 
 
+def _load(source: str | os.PathLike[str], device: torch.device | str | None) -> tuple[Any, Any]:
+    family_named(check_directory(source).get("model_type"))  # better known before large weights are read
+    return load_model(source, device=device)
+
+
 def _inputs(model: Any, config: ShrinkConfig) -> dict[str, Tensor]:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    tokens = config.tokens or min(_TOKENS, limit if isinstance(limit, int) else _TOKENS)
+    tokens = config.tokens or min(_TOKENS, longest_input(model) or _TOKENS)
     return sample_inputs(model, config.batch, tokens)
 
 
 def _batches(model: Any, tokenizer: Any, config: ShrinkConfig) -> list[dict[str, Tensor]]:
     if config.data is None:
         return []
-    return model_batches(model, tokenizer, config.data, config.samples, config.length, config.seed, most=32)
+    longest, length = longest_input(model), config.length
+    if longest is not None:
+        if length is not None and length > longest:
+            raise ValueError(
+                f"a length of {length} tokens is more than the {longest} that {type(model).__name__} was made for"
+            )
+        length = length or min(longest, default_length(tokenizer, model))
+    return model_batches(model, tokenizer, config.data, config.samples, length, config.seed, most=32)
 
 
 def _reached(target: Target, before: Costs, after: Costs, latency: Latency) -> dict[str, Any]:
@@ -174,3 +189,12 @@ def _reached(target: Target, before: Costs, after: Costs, latency: Latency) -> d
         "latency": latency.ratios[1],
     }[target.metric]
     return {"metric": target.metric, "wanted": target.value, "reached": ratio}
+
+
+def _missed(target: dict[str, Any] | None) -> list[str]:
+    if target is None or target["metric"] != "latency" or abs(target["reached"] / target["wanted"] - 1) <= _WITHIN:
+        return []
+    return [
+        f"the latency is {target['reached']:.3f}x where {target['wanted']:g}x was asked for: the times of this machine "
+        "vary, or no step of the width lies closer; run it again when nothing else runs, or with a smaller round_to"
+    ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resu.core.layers import is_conv1d_of_transformers
 
-__all__ = ["FAMILIES", "Family", "Rows", "Site", "blocks_of", "family_of", "sites_of"]
+__all__ = ["FAMILIES", "Family", "Rows", "Site", "blocks_of", "family_named", "family_of", "sites_of"]
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,33 @@ def family_of(model: Any) -> Family:
     """The names that a model of transformers uses.
 
     Raises:
-        ValueError: If its architecture is not known here.
+        ValueError: If it is none (another module, a model inside another one), or its architecture is not known here.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in FAMILIES:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is no model of transformers and cannot be made smaller here; merge adapters and "
+            "take the model out of what wraps it (torch.compile, data parallel) first"
+        )
+    return family_named(model.config.model_type)
+
+
+def family_named(kind: object) -> Family:
+    """The names that an architecture uses, by the ``model_type`` of its configuration.
+
+    Raises:
+        ValueError: If it is not known here.
+    """
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{kind!r} models cannot be made smaller here; known: {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
     """The list of blocks of a model, with or without a head."""
-    found = model.base_model.get_submodule(family_of(model).blocks)
+    path = family_of(model).blocks
+    found = model.base_model.get_submodule(path)
     assert isinstance(found, nn.ModuleList)
     return found
 

@@ -10,10 +10,10 @@ import torch
 
 from resu.core.io import FileFormatError
 from resu.core.shards import Shards
-from resu.integrations.hf import check_directory, load_tokenizer, model_class, quiet, widest_dtype
+from resu.integrations.hf import check_directory, model_class, quiet, widest_dtype
 from resu.integrations.shrink.sizes import KEY, shrunk_class
 
-__all__ = ["load_pair", "load_shrunk_transformer", "loadable_class"]
+__all__ = ["load_shrunk_transformer", "loadable_class"]
 
 
 def load_shrunk_transformer(
@@ -34,7 +34,8 @@ def load_shrunk_transformer(
 
     Args:
         directory: A local Hugging Face directory with safetensors.
-        kind: A class of transformers, also an ``AutoModelFor…``; None: the one that ``config.json`` names.
+        kind: A class of transformers, also an ``AutoModelFor…``, whose head may be new; None: the one that
+            ``config.json`` names.
         dtype: Of the weights; None: as stored.
         device: Where to put it; None: the CPU.
         options: More for ``from_pretrained``, such as ``attn_implementation="eager"``.
@@ -66,7 +67,15 @@ def load_shrunk_transformer(
             **options,
         )
     other = sorted(f"{key} ({tuple(there)}, needed {tuple(here)})" for key, there, here in info["mismatched_keys"])
-    lost = other + (sorted(info["missing_keys"]) if kind is None else [])
+    missing = set(info["missing_keys"])
+    if kind is not None:  # which may have a head of its own, and a pooler that masked language models lack
+        body = {id(parameter) for parameter in model.base_model.parameters()}
+        missing &= {
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if id(parameter) in body and ".pooler." not in f".{name}"
+        }
+    lost = other + sorted(missing)
     if lost:
         raise FileFormatError(
             f"{folder} lacks weights of {type(model).__name__}, or has them in another shape: {', '.join(lost[:5])}; "
@@ -99,12 +108,3 @@ def loadable_class(kind: Any, directory: str | os.PathLike[str], config: dict[st
         kind = mapping[read]
         kind = kind[0] if isinstance(kind, (list, tuple)) else kind
     return shrunk_class(kind)
-
-
-def load_pair(
-    directory: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[Any, Any]:
-    """Model and tokenizer of a directory, smaller or not; as :func:`resu.integrations.hf.load_model`."""
-    return load_shrunk_transformer(directory, dtype=dtype, device=device), load_tokenizer(directory)

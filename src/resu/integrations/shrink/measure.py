@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resu.integrations.shrink.activity import evaluating
+from resu.integrations.shrink.exactness import longest_input
 from resu.integrations.shrink.families import Site, blocks_of, shape_of, sites_of
 from resu.integrations.shrink.removal import remove
 from resu.pruning.structured.sizes import Latency, count_macs, count_parameters, latencies
@@ -24,8 +26,8 @@ def sample_inputs(model: Any, batch: int, tokens: int, seed: int = 0) -> dict[st
     Raises:
         ValueError: If there are more tokens than the model was made for.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if batch < 1 or tokens < 1 or (isinstance(limit, int) and tokens > limit):
+    limit = longest_input(model)
+    if batch < 1 or tokens < 1 or (limit is not None and tokens > limit):
         raise ValueError(f"cannot run {batch} × {tokens} tokens: {type(model).__name__} was made for up to {limit}")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(int(model.config.vocab_size), (batch, tokens), generator=generator)
@@ -57,7 +59,11 @@ class Costs:
 
     @classmethod
     def of(cls, model: Any, inputs: Mapping[str, Tensor]) -> Costs:
-        """Look at a model; it is run once to count its multiply-adds."""
+        """Look at a model; it is run once to count its multiply-adds.
+
+        Raises:
+            ValueError: If it does not run on such inputs, as one that chooses among several texts.
+        """
         base, sites = model.base_model, tuple(sites_of(model))
         batch, tokens = inputs["input_ids"].shape
         numbers, macs = {}, {}
@@ -72,7 +78,13 @@ class Costs:
             macs[site.name] = batch * tokens * weights + attention
         blocks = blocks_of(model)
         with evaluating(model):
-            total = count_macs(model, dict(inputs))
+            try:
+                total = count_macs(model, dict(inputs))
+            except Exception as error:  # each class has its own way to miss an input
+                raise ValueError(
+                    f"{type(model).__name__} does not run on token ids and an attention mask of {batch} × {tokens}, so "
+                    f"nothing could be measured or verified: {' '.join(str(error).split())[:200]}"
+                ) from error
         return cls(
             count_parameters(model),
             total,
@@ -107,13 +119,7 @@ def smaller_copy(model: Any, counts: Mapping[str, int], blocks: Sequence[int] | 
 
 def measured_latency(models: Sequence[Any], inputs: Mapping[str, Tensor], rounds: int = 15) -> Latency:
     """:func:`resu.pruning.structured.sizes.latencies`, without keeping keys and values."""
-    caches = [getattr(model.config, "use_cache", None) for model in models]
-    try:
+    with ExitStack() as held:
         for model in models:
-            if hasattr(model.config, "use_cache"):
-                model.config.use_cache = False
+            held.enter_context(evaluating(model))
         return latencies(models, dict(inputs), rounds=rounds, seconds=0.02)
-    finally:
-        for model, cache in zip(models, caches, strict=True):
-            if cache is not None:
-                model.config.use_cache = cache

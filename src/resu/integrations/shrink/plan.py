@@ -13,7 +13,7 @@ from torch import Tensor
 from resu.core.counting import check_sparsity, positions, pruned_count, top_k_mask
 from resu.integrations.shrink.families import Site, blocks_of
 
-__all__ = ["Fractions", "choose_blocks", "choose_units", "kept_counts"]
+__all__ = ["Fractions", "choose_blocks", "choose_units", "kept_counts", "without_effect"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,28 @@ def kept_counts(sites: Sequence[Site], fractions: Fractions) -> dict[str, int]:
         else:
             kept = site.count - _pruned(site.count, fractions.ffn)
             found[site.name] = min(site.count, math.ceil(kept / fractions.round_to) * fractions.round_to)
+    return found
+
+
+def without_effect(sites: Sequence[Site], fractions: Fractions) -> list[str]:
+    """What is asked for and too little to take anything, in words.
+
+    Example:
+        >>> from resu.integrations.shrink.families import Rows
+        >>> ffn = Site("mlp", "ffn", 0, 172, Rows("mlp.down_proj", 1), ())
+        >>> without_effect([ffn], Fractions(ffn=0.01, round_to=8))
+        ['ffn 0.01 takes none of 172, as what stays is rounded up to a multiple of 8']
+    """
+    counts, found = kept_counts(sites, fractions), []
+    for kind, fraction in (("heads", fractions.heads), ("ffn", fractions.ffn)):
+        here = [site for site in sites if site.kind == kind]
+        if fraction and all(counts[site.name] == site.count for site in here):
+            most = max(site.count for site in here)
+            grouped = kind == "heads" and max(site.queries for site in here) > 1
+            unit = f" group{'s' * (most > 1)} of query heads" if grouped else ""
+            taken = any(_pruned(site.count, fraction) for site in here)
+            why = f", as what stays is rounded up to a multiple of {fractions.round_to}" if taken else ""
+            found.append(f"{kind} {fraction} takes none of {most}{unit}{why}")
     return found
 
 

@@ -16,8 +16,9 @@ from resu.integrations.finetune.batches import Collator
 from resu.integrations.finetune.data import has_labels, label_names, read_examples, rows_of
 from resu.integrations.finetune.evaluate import evaluate
 from resu.integrations.hf_evaluate import embedding_cosine, perplexity, sentence_embeddings
-from resu.integrations.hf_text import default_length, read_texts
+from resu.integrations.hf_text import default_length, kind_of, read_texts
 from resu.integrations.shrink.activity import evaluating
+from resu.integrations.shrink.exactness import classifies, longest_input
 
 __all__ = ["BatchJudge", "FileJudge", "causal_losses", "pooled"]
 
@@ -39,7 +40,8 @@ class FileJudge:
         progress: Called with (done, total, what).
 
     Raises:
-        ValueError: Without a tokenizer, for an encoder-decoder, or if the file cannot be used.
+        ValueError: Without a tokenizer, or if the file cannot be used: an empty one, or a table (``.csv``, ``.tsv``)
+            for a model that is no classifier.
     """
 
     def __init__(
@@ -48,16 +50,20 @@ class FileJudge:
         if tokenizer is None:
             raise ValueError("the directory has no tokenizer, so no text can be evaluated; copy its files there")
         self.tokenizer, self.file, self.progress = tokenizer, Path(file), progress
-        self.length = min(_LONGEST, default_length(tokenizer, model))
-        classifies = type(model).__name__.endswith("ForSequenceClassification")
+        whole = default_length(tokenizer, model)
+        self.length = min(whole, longest_input(model) or whole)
+        if kind_of(self.file) in (".csv", ".tsv") and not classifies(model):
+            raise ValueError(
+                f"{self.file} is a table, whose labels {type(model).__name__} cannot tell; give a text, .txt or .jsonl"
+            )
         if model.can_generate():
             self.metric = "perplexity"
-        elif classifies and has_labels(self.file):
+        elif classifies(model) and has_labels(self.file):
             self.metric = "accuracy"
             examples = read_examples(self.file, labelled=True)
             assert examples.labels is not None
             names = label_names(examples.labels, model.config.label2id, self.file)
-            self._rows = rows_of(tokenizer, examples, self.length, names=names, strung=False)
+            self._rows = rows_of(tokenizer, examples, min(_LONGEST, self.length), names=names, strung=False)
         else:
             self.metric = "cosine"
             self._texts = read_texts(self.file, lines=True)
@@ -65,14 +71,14 @@ class FileJudge:
 
     def __call__(self, model: Any) -> float:
         if self.metric == "perplexity":
-            return perplexity(model, self.tokenizer, self.file, progress=self.progress).perplexity
+            return perplexity(model, self.tokenizer, self.file, self.length, progress=self.progress).perplexity
         if self.metric == "accuracy":
             collator = Collator(self.tokenizer, "classification")
             return evaluate(model, self._rows, collator, 32, self.progress)["accuracy"]
         return embedding_cosine(self._dense, self._embeddings(model))
 
     def _embeddings(self, model: Any) -> Tensor:
-        return sentence_embeddings(model, self.tokenizer, self._texts, length=self.length)
+        return sentence_embeddings(model, self.tokenizer, self._texts, length=min(_LONGEST, self.length))
 
 
 class BatchJudge:

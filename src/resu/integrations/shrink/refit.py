@@ -28,9 +28,9 @@ def fitted_weights(
 
     With ``a`` the input of such a layer as the model is now, ``S`` its columns that stay, and ``C`` the covariance of
     ``a`` over all tokens that are not padding (the second moment, where the layer has no bias), the output ``W a`` is
-    approximated best, in the mean square, by ``W' a_S`` with ``W' = W C[:, S] (C[S, S] + λI)⁻¹``; the bias takes up the
-    difference of the means. It is the reconstruction of ThiNet (Luo et al. 2017, arXiv 1707.06342, eq. 6) for all
-    outputs at once, with λ a thousandth of the mean diagonal.
+    approximated best, in the mean square, by ``W' a_S`` with ``W' = (W C[:, S] + λ W[:, S]) (C[S, S] + λI)⁻¹``; the
+    bias takes up the difference of the means. It is the reconstruction of ThiNet (Luo et al. 2017, arXiv 1707.06342,
+    eq. 6) for all outputs at once, held to the weights as they are by λ, a thousandth of the mean diagonal.
 
     Args:
         model: Before the removal.

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from resu.integrations.shrink.config import state_sizes
 from resu.integrations.shrink.cutting import cut_sites
-from resu.integrations.shrink.exactness import copy_in_float64, random_batch
+from resu.integrations.shrink.exactness import random_batch
 from resu.integrations.shrink.families import Site, blocks_of, sites_of
 from resu.pruning.structured.attributes import set_attribute
-from resu.pruning.structured.verify import compare
+from resu.pruning.structured.verify import compare, double_copy
 
 __all__ = ["TOLERANCE", "RemovalError", "masked", "remove"]
 
@@ -50,24 +50,27 @@ def remove(
         The largest difference between the outputs of the two, relative to the largest output (0 without ``verify``).
 
     Raises:
-        RemovalError: If it is more than 10⁻⁹; the model is then as before.
+        RemovalError: If it is more than 10⁻⁹, or the model does not run on plain tokens; it is then as before.
         ValueError: If a site is not known, nothing of it would stay, or the sizes could not be loaded again.
     """
     kept = _checked(model, units, blocks)
     reference = None
     if verify:
         with masked(model, units, blocks):
-            reference = copy_in_float64(model)
+            reference = double_copy(model)
     undo = _take(model, kept, blocks)
     if reference is None:
         return 0.0
     try:
-        check = compare(reference, copy_in_float64(model), random_batch(model), TOLERANCE)
+        check = compare(reference, double_copy(model), random_batch(model), TOLERANCE)
         if not check:
             raise RemovalError(
                 f"the smaller model is not the masked one, so the removal was undone: {check.reason}; "
                 f"{type(model).__name__} uses its layers in a way that is not known here"
             )
+    except TypeError as error:  # it cannot be run, so nothing can be verified
+        undo()
+        raise RemovalError(f"the removal was undone: {error}") from error
     except BaseException:
         undo()
         raise

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from resu.core.shards import Shards
 from resu.integrations.folders import copy_companions, new_folder
-from resu.integrations.hf import check_directory, seal_folder, write_model
+from resu.integrations.hf import check_directory, not_carried, restore_dtypes, seal_folder, write_model
+from resu.integrations.shrink.families import family_of
 
 __all__ = ["save_shrunk"]
 
@@ -23,7 +25,6 @@ def save_shrunk(
     report: Mapping[str, Any],
     before: Mapping[str, Any],
     *,
-    max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a model with fewer heads, neurons or blocks; everything beside the weights is copied.
@@ -36,9 +37,8 @@ def save_shrunk(
         model: After :func:`resu.integrations.shrink.removal.remove`.
         source: The directory it comes from.
         out: The folder to write; the one above it must exist.
-        report: Plain values; written as ``pruning.json``.
+        report: Plain values, written as ``pruning.json``; ``blocks`` are the indices of those that stayed.
         before: ``model.config.to_dict()`` before the removal.
-        max_shard_size: Largest weight file.
         overwrite: Whether an earlier result may be replaced (:func:`resu.integrations.folders.new_folder`).
 
     Returns:
@@ -49,14 +49,20 @@ def save_shrunk(
     """
     folder = Path(source)
     with new_folder(out, overwrite=overwrite) as temporary:
-        write_model(model, temporary, max_shard_size)
+        write_model(model, temporary, "5GB")
+        stored, place = Shards.open(folder), _Places(family_of(model).blocks, report["blocks"])
+        dtypes = {name: stored.dtype(name) for name in stored.names}
+        weights = Shards.open(temporary)
+        restore_dtypes(weights, {n: dtypes[place.before(n)] for n in weights.names if place.before(n) in dtypes})
+        lost = [name for name in not_carried(model, stored, weights) if not place.within(name)]
         seal_folder(temporary)
         config = changed_config(check_directory(folder), before, model.config)
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         left_out = copy_companions(folder, temporary)
         weights = Shards.open(temporary)
-        warnings = [f"{file} was not copied: it holds the weights as they were" for file in left_out]
+        warnings = [f"tensor {name} is not in the output" for name in lost]
+        warnings += [f"{file} was not copied: it holds the weights as they were" for file in left_out]
         if (folder / "masks.safetensors").is_file():
             warnings.append(
                 "masks.safetensors was not copied: masks are of the former sizes (zeros stay zeros; resu finetune "
@@ -70,6 +76,20 @@ def save_shrunk(
         text = json.dumps(_finite(written), indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / "pruning.json").write_text(text + "\n", encoding="utf-8")
     return written
+
+
+class _Places:
+    """Where a tensor of a block was before blocks went."""
+
+    def __init__(self, path: str, blocks: Sequence[int]) -> None:
+        self._pattern = re.compile(rf"(?:^|(?<=\.)){re.escape(path)}\.(\d+)\.")
+        self._path, self._blocks = path, blocks
+
+    def within(self, name: str) -> bool:
+        return self._pattern.search(name) is not None
+
+    def before(self, name: str) -> str:
+        return self._pattern.sub(lambda found: f"{self._path}.{self._blocks[int(found[1])]}.", name, count=1)
 
 
 def _finite(value: Any) -> Any:

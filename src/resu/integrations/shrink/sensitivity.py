@@ -22,7 +22,6 @@ def sensitivity(
     model: Any,
     scores: Mapping[str, Tensor],
     judge: Callable[[Any], float],
-    levels: Sequence[float] = LEVELS,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """The quality of a model with a part of one block's heads, or neurons, or with one whole block silenced.
@@ -31,7 +30,6 @@ def sensitivity(
         model: As before afterwards.
         scores: Of its units (:func:`resu.integrations.shrink.scores.score_units`).
         judge: ``judge(model)`` is its quality.
-        levels: Fractions taken away.
         progress: Called with (done, total, what).
 
     Returns:
@@ -40,7 +38,7 @@ def sensitivity(
         per block with the kind ``"block"``.
     """
     sites, depth = sites_of(model), len(blocks_of(model))
-    jobs = len(sites) * len(levels) + (depth if depth > 1 else 0)
+    jobs = len(sites) * len(LEVELS) + (depth if depth > 1 else 0)
     done = 0
 
     def judged(units: Mapping[str, Tensor], blocks: Sequence[int] | None, what: str) -> float:
@@ -55,7 +53,7 @@ def sensitivity(
     rows: list[dict[str, Any]] = []
     for site in sites:
         values: list[dict[str, Any]] = []
-        for level in levels:
+        for level in LEVELS:
             kept = kept_counts([site], Fractions(heads=level, ffn=level))[site.name]
             units = choose_units(scores, {site.name: kept})
             value = None if kept == site.count else judged(units, None, f"{site.kind} of block {site.block}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resu.core.randomness import derived_generator
 from resu.integrations.shrink.activity import evaluating
+from resu.integrations.shrink.exactness import classifies
 from resu.integrations.shrink.families import Site
 from resu.integrations.shrink.quality import causal_losses, pooled
 
@@ -92,17 +93,12 @@ def _frozen(model: Any) -> Iterator[None]:
 
 def _target(model: Any, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
     """``L``, summed over the samples of a batch."""
-    mask = batch["attention_mask"]
     if model.can_generate():
         losses, counted = causal_losses(model, batch)
         return ((losses * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)).sum()
-    output = model(**batch)
-    logits = getattr(output, "logits", None)
-    if logits is not None and logits.ndim == 2:
-        value = logits.float()
+    if classifies(model):
+        value = model(**batch).logits.float()
     else:
-        states = getattr(output, "last_hidden_state", None)
-        states = model.base_model(**batch).last_hidden_state if states is None else states
-        value = pooled(states, mask)
+        value = pooled(model.base_model(**batch).last_hidden_state, batch["attention_mask"])
     directions = torch.randn(value.shape, generator=generator).to(value.device)
     return torch.sum(value * directions)

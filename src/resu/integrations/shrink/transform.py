@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from resu.integrations.shrink.activity import block_influences
-from resu.integrations.shrink.families import sites_of
+from resu.integrations.shrink.families import blocks_of, sites_of
 from resu.integrations.shrink.plan import Fractions, choose_blocks, choose_units, kept_counts
 from resu.integrations.shrink.refit import fitted_weights, put_weights
 from resu.integrations.shrink.removal import remove
@@ -28,7 +28,7 @@ class Shrunk:
     """What was done.
 
     Attributes:
-        units: Units that stayed, int64 ascending, by site.
+        units: Units that stayed, int64 ascending, by the site's name before the removal; only of blocks that stayed.
         blocks: Blocks that stayed; None: all.
         verified: Largest difference from the masked model (before any update), relative, in float64.
     """
@@ -57,7 +57,7 @@ def shrink_transformer(
     depth: int = 0,
     *,
     method: str = "l2",
-    batches: Sequence[Mapping[str, Tensor]] = (),
+    batches: Iterable[Mapping[str, Tensor]] = (),
     update: str | None = None,
     round_to: int = 8,
     seed: int = 0,
@@ -77,7 +77,7 @@ def shrink_transformer(
         ffn: Fraction of the feed-forward width removed.
         depth: How many blocks are removed, those of least influence (needs batches).
         method: A name in :data:`resu.integrations.shrink.scores.unit_scores`.
-        batches: Mappings with ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``.
+        batches: Mappings with ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``; kept in memory.
         update: None, or ``"least-squares"``: fit the layers that read what is left
             (:func:`resu.integrations.shrink.refit.fitted_weights`; needs batches).
         round_to: The width that stays is a multiple of it, or whole.
@@ -100,10 +100,24 @@ def shrink_transformer(
         Linear(in_features=88, out_features=64, bias=False)
     """
     fractions = Fractions(heads, ffn, depth, round_to)
+    batches = _checked(batches)
     check_update(update, batches)
     influences = block_influences(model, batches, progress) if depth and batches else None
     blocks = choose_blocks(model, influences, depth)
     return shrink_to(model, kept_counts(sites_of(model), fractions), blocks, method, batches, update, seed, progress)
+
+
+def _checked(batches: Iterable[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+    """Batches as a list: they are gone through several times."""
+    found = list(batches)
+    for batch in found:
+        given = dict(batch) if isinstance(batch, Mapping) else {}
+        if not all(getattr(given.get(key), "ndim", 0) == 2 for key in ("input_ids", "attention_mask")):
+            raise ValueError(
+                "batches must be mappings with tensors input_ids and attention_mask, [batch, tokens] each; got "
+                f"{'one with ' + ', '.join(map(str, given)) if given else type(batch).__name__}"
+            )
+    return found
 
 
 def shrink_to(
@@ -117,21 +131,15 @@ def shrink_to(
     progress: Progress | None = None,
 ) -> Shrunk:
     """:func:`shrink_transformer` with the number of units of each site, and the blocks that stay."""
-    units = choose_units(score_units(model, method, Calibration(batches, seed, progress)), counts)
+    sites = sites_of(model)
+    stay = range(len(blocks_of(model))) if blocks is None else blocks
+    place = {block: index for index, block in enumerate(stay)}  # blocks move up where others go
+    scores = score_units(model, method, Calibration(batches, seed, progress))
+    units = choose_units(scores, {site.name: counts[site.name] for site in sites if site.block in place})
     fitted = {} if update is None else fitted_weights(model, units, batches, progress)
-    sites = {site.outer: site.block for site in sites_of(model)}
+    moved = {site.outer: _moved(site.outer, site.block, place.get(site.block, site.block)) for site in sites}
     verified = remove(model, units, blocks)
-    # Blocks have moved up, and some are gone with their layers.
-    stay = range(len(set(sites.values()))) if blocks is None else blocks
-    place = {block: index for index, block in enumerate(stay)}
-    put_weights(
-        model,
-        {
-            _moved(name, sites[name], place[sites[name]]): value
-            for name, value in fitted.items()
-            if sites[name] in place
-        },
-    )
+    put_weights(model, {moved[name]: value for name, value in fitted.items()})
     return Shrunk(units, blocks, verified)
 
 
