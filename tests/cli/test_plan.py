@@ -92,7 +92,7 @@ def test_a_config_gives_the_layers_of_the_real_model(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
-def test_a_model_made_smaller_is_planned_as_it_is(kind, tmp_path):
+def test_a_model_made_smaller_is_planned_as_it_is(resu, kind, tmp_path):
     pytest.importorskip("transformers")
     from resu.integrations.shrink.removal import remove
     from resu.integrations.shrink.sizes import sizes_of
@@ -110,6 +110,8 @@ def test_a_model_made_smaller_is_planned_as_it_is(kind, tmp_path):
     weights = [p for n, p in layers.items() if n.startswith(f"{blocks}.") and n.endswith("weight") and p.ndim == 2]
     planned = [layer for layer in shapes.layers if layer.name != "output layer"]
     assert sum(layer.numel for layer in planned) == sum(weight.numel() for weight in weights)
+    steps = document(resu, "--config", tmp_path, "--batch", 1, "--length", 8, "--method", "full")
+    assert steps["methods"][0]["trained"] == sum(p.numel() for p in model.parameters())
     config = json.loads((tmp_path / "config.json").read_text())
     config["resu_shrunk"]["heads"] = [1, 2]
     (tmp_path / "config.json").write_text(json.dumps(config))

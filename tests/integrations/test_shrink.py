@@ -17,7 +17,7 @@ from resu.integrations.shrink.exactness import longest_input, random_batch
 from resu.integrations.shrink.families import sites_of
 from resu.integrations.shrink.loading import load_shrunk_transformer
 from resu.integrations.shrink.removal import RemovalError, masked, remove
-from resu.integrations.shrink.sizes import sizes_of
+from resu.integrations.shrink.sizes import resize, sizes_of
 from resu.integrations.shrink.transform import shrink_transformer
 from tests.integrations.shrink_models import ENCODERS, KINDS, make
 
@@ -116,6 +116,16 @@ def test_the_model_is_saved_and_loaded_by_its_configuration(kind, tmp_path):
     again = load_shrunk_transformer(tmp_path / "out")
     again.save_pretrained(tmp_path / "again")
     assert sizes_of(load_shrunk_transformer(tmp_path / "again")) == sizes_of(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_built_with_the_first_units(kind):
+    model, other = make(kind, attention="eager"), make(kind, attention="eager")
+    remove(model, {site.name: torch.arange(2 if site.block else 1) for site in sites_of(model)})
+    resize(other, model.config.resu_shrunk)  # sizes differ by block, which no configuration of transformers can say
+    assert {n: p.shape for n, p in other.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    same(outputs(other), outputs(model), 0)
+    assert [m.extra_repr() for m in other.modules()] == [m.extra_repr() for m in model.modules()]
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, "gpt2"])

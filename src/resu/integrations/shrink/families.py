@@ -31,6 +31,8 @@ class Family:
         expand: The layers into the feed-forward width; two where one of them gates the other.
         contract: The layer out of it.
         width: Key of the configuration that holds the feed-forward width.
+        streams: The modules whose input is the stream that the attention's and the feed-forward layer's result is
+            added to; empty where a norm stands between the result and the sum.
     """
 
     blocks: str
@@ -40,6 +42,7 @@ class Family:
     expand: tuple[str, ...]
     contract: str
     width: str = "intermediate_size"
+    streams: tuple[str, ...] = ()
 
 
 _BERT = Family(
@@ -49,6 +52,7 @@ _BERT = Family(
     output="attention.output.dense",
     expand=("intermediate.dense",),
     contract="output.dense",
+    streams=("attention", "intermediate"),
 )
 _LLAMA = Family(
     blocks="layers",
@@ -57,7 +61,9 @@ _LLAMA = Family(
     output="self_attn.o_proj",
     expand=("mlp.gate_proj", "mlp.up_proj"),
     contract="mlp.down_proj",
+    streams=("input_layernorm", "post_attention_layernorm"),
 )
+_GEMMA2 = replace(_LLAMA, streams=())
 _DISTILBERT = Family(
     blocks="transformer.layer",
     attention="attention",
@@ -66,6 +72,7 @@ _DISTILBERT = Family(
     expand=("ffn.lin1",),
     contract="ffn.lin2",
     width="hidden_dim",
+    streams=("attention", "ffn"),
 )
 _GPT2 = Family(
     blocks="h",
@@ -75,12 +82,14 @@ _GPT2 = Family(
     expand=("mlp.c_fc",),
     contract="mlp.c_proj",
     width="n_inner",
+    streams=("ln_1", "ln_2"),
 )
 #: By ``model_type`` of the configuration.
 FAMILIES: Mapping[str, Family] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     "distilbert": _DISTILBERT,
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
+    "gemma2": _GEMMA2,
     "gpt2": _GPT2,
 }
 
@@ -123,6 +132,8 @@ class Site:
         columns: Those columns, as :class:`Rows` of the transposed weight.
         inner: The rows of the weights that feed them.
         queries: Query heads per unit; 1 for neurons.
+        stream: The module whose input is the stream that the result of ``outer`` is added to; None where a norm stands
+            between.
     """
 
     name: str
@@ -132,6 +143,7 @@ class Site:
     columns: Rows
     inner: tuple[Rows, ...]
     queries: int = 1
+    stream: str | None = None
 
     @property
     def outer(self) -> str:
@@ -213,11 +225,11 @@ def _sites_of_block(family: Family, block: nn.Module, index: int) -> list[Site]:
     group = heads // keys
     width = shape_of(block.get_submodule(family.contract))[1]
     expand = tuple(Rows(prefix + name, 1) for name in family.expand)
+    mixing, contract = Rows(prefix + family.output, group * size), Rows(prefix + family.contract, 1)
+    streams = [prefix + name for name in family.streams] or [None, None]
     return [
-        Site(prefix + family.attention, "heads", index, keys, Rows(prefix + family.output, group * size), inner, group),
-        Site(
-            prefix + family.contract.rpartition(".")[0], "ffn", index, width, Rows(prefix + family.contract, 1), expand
-        ),
+        Site(prefix + family.attention, "heads", index, keys, mixing, inner, group, streams[0]),
+        Site(prefix + family.contract.rpartition(".")[0], "ffn", index, width, contract, expand, stream=streams[1]),
     ]
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
-
-from resu.integrations.shrink.cutting import cut_sites
+from resu.integrations.shrink.cutting import keep_first
 from resu.integrations.shrink.families import Site, sites_of
 
 __all__ = ["KEY", "VERSION", "shrunk_class", "sizes_of"]
@@ -51,7 +49,7 @@ def shrunk_class(kind: Any) -> Any:
 
 
 def resize(model: Any, stated: Any) -> None:
-    """Give a model the sizes of :data:`KEY`; values of resized weights are lost.
+    """Give a model the sizes of :data:`KEY`; the first units of each part stay.
 
     Raises:
         ValueError: If they are of a newer version, damaged, or not of this model.
@@ -70,11 +68,8 @@ def resize(model: Any, stated: Any) -> None:
                 f"{KEY} of the configuration gives {kind} {sizes!r}; needed are {len(here)} numbers, one per block, "
                 "none of them larger than what the other keys say"
             )
-        with torch.device("cpu"):  # a model is built on the meta device to be loaded; indices are looked at
-            cut_sites(
-                model.base_model,
-                [(site, torch.arange(size // site.queries)) for size, site in zip(sizes, here, strict=True)],
-            )
+        counts = [(site, size // site.queries) for size, site in zip(sizes, here, strict=True)]
+        keep_first(model.base_model, [(site, count) for site, count in counts if count < site.count])
 
 
 def _possible(size: Any, site: Site) -> bool:

@@ -15,12 +15,13 @@ from resu.integrations.shrink.plan import Fractions, choose_blocks, choose_units
 from resu.integrations.shrink.refit import fitted_weights, put_weights
 from resu.integrations.shrink.removal import remove
 from resu.integrations.shrink.scores import Calibration, score_units
+from resu.integrations.shrink.sequential import check_batches, fit_in_sequence
 
 __all__ = ["UPDATES", "Shrunk", "check_update", "shrink_transformer"]
 
 Progress = Callable[[int, int, str], None]
 #: How the weights that stay may be adjusted.
-UPDATES = ("least-squares",)
+UPDATES = ("least-squares", "sequential")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,184 @@
+"""What a smaller model does wrong, taken back layer by layer: each sees what the layers before it, fitted, give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resu.integrations.shrink.activity import evaluating
+from resu.integrations.shrink.families import Site, sites_of
+from resu.integrations.shrink.refit import put_weights
+from resu.integrations.shrink.weights import weight_of
+
+__all__ = ["check_batches", "fit_in_sequence"]
+
+Batch = Mapping[str, Tensor]
+Progress = Callable[[int, int, str], None]
+_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean second moment
+_JUDGES = 4  # one batch in so many judges the penalty
+
+
+def fit_in_sequence(
+    model: Any,
+    dense: Any,
+    batches: Sequence[Batch],
+    blocks: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Fit the layers that write to the residual stream, in place and in order, to the stream of the model as it was.
+
+    For each such layer (what mixes the heads, what leads out of the feed-forward width), with ``ã`` its input in the
+    smaller model, ``y`` its output in the model as it was, and ``x``, ``x̃`` the stream that the output is added to in
+    both: ``W'`` minimises ``E‖(y + x − x̃) − W'ã‖² + λ‖W' − W‖²``, with a bias where the layer has one. So it makes up
+    for what the layers before it changed, blocks that were taken out among them; targets are not those of the layer
+    alone, as in ThiNet (Luo et al. 2017, arXiv 1707.06342, eq. 6), and inputs are those that the layer will have, as in
+    layer-wise reconstruction since Channel Pruning (He et al. 2017, arXiv 1707.06168, sec. 3.2). ``λ`` is the one whose
+    fit on three quarters of the batches errs least on the last quarter; where every fit errs more than the weights that
+    are there, these stay. Each layer takes a pass of both models up to that layer.
+
+    Args:
+        model: The smaller model, changed in place.
+        dense: The model as it was.
+        batches: At least two, to judge by; ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``.
+        blocks: Which blocks of ``dense`` stayed; None: all.
+        progress: Called with (done, total, what).
+
+    Raises:
+        ValueError: With fewer than two batches.
+    """
+    check_batches(batches)
+    small, whole = sites_of(model), sites_of(dense)
+    stay = range(len(small)) if blocks is None else blocks
+    by_place = {(site.block, site.kind): site for site in whole}
+    first = len(batches) - max(1, len(batches) // _JUDGES)
+    with torch.no_grad(), evaluating(model), evaluating(dense):
+        for done, site in enumerate(small):
+            pair = by_place[stay[site.block], site.kind]
+            fitting, judging = _Sums(), _Sums()
+            for index, batch in enumerate(batches):
+                (fitting if index < first else judging).add(*_seen(model, site, dense, pair, batch))
+            found = _fitted(model.base_model.get_submodule(site.outer), fitting, judging)
+            if found is not None:
+                put_weights(model, {site.outer: found})
+            if progress is not None:
+                progress(done + 1, len(small), "fitting layer by layer")
+
+
+def check_batches(batches: Sequence[Batch]) -> None:
+    """Refuse fewer than two batches.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if len(batches) < 2:
+        raise ValueError(
+            f"a sequential update judges its fit on batches of their own: give two at least, got {len(batches)}; more "
+            "calibration samples, or a smaller batch size, make more"
+        )
+
+
+class _ReachedError(Exception):
+    """Ends a pass at the layer that is looked at."""
+
+
+def _seen(model: Any, site: Site, dense: Any, pair: Site, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Inputs of the layer in the smaller model, and what its outputs should be; a row per token that is no padding."""
+    inputs, stream = _pass(model, site, batch, outputs=False)
+    wanted, before = _pass(dense, pair, batch, outputs=True)
+    if stream is not None and before is not None:
+        wanted = wanted + (before - stream)
+    real = batch["attention_mask"].bool()
+    return inputs[real.to(inputs.device)], wanted[real.to(wanted.device)]
+
+
+def _pass(model: Any, site: Site, batch: Batch, *, outputs: bool) -> tuple[Tensor, Tensor | None]:
+    """The input of a site's outer layer, or its output; and the stream beside it."""
+    found: dict[str, Tensor] = {}
+
+    def stream(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found["stream"] = (args[0] if args else kwargs["hidden_states"]).float()
+
+    def inputs(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found["layer"] = args[0].float()
+        raise _ReachedError
+
+    def output(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        found["layer"] = out.float()
+        raise _ReachedError
+
+    base = model.base_model
+    outer = base.get_submodule(site.outer)
+    hooks = [outer.register_forward_hook(output) if outputs else outer.register_forward_pre_hook(inputs)]
+    if site.stream is not None:
+        hooks.append(base.get_submodule(site.stream).register_forward_pre_hook(stream, with_kwargs=True))
+    device = next(model.parameters()).device
+    try:
+        base(**{key: value.to(device) for key, value in batch.items()})
+    except _ReachedError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found["layer"], found.get("stream")
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens of inputs, targets and their products, in float64."""
+
+    tokens: int = 0
+    a: Any = 0.0
+    t: Any = 0.0
+    aa: Any = 0.0
+    ta: Any = 0.0
+    tt: float = 0.0
+
+    def add(self, a: Tensor, t: Tensor) -> None:
+        self.tokens += len(a)
+        self.a, self.t = self.a + a.sum(0, dtype=torch.float64), self.t + t.sum(0, dtype=torch.float64)
+        self.aa, self.ta = self.aa + (a.T @ a).double(), self.ta + (t.T @ a).double()
+        self.tt += float(t.double().square().sum())
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.tokens + other.tokens,
+            self.a + other.a,
+            self.t + other.t,
+            self.aa + other.aa,
+            self.ta + other.ta,
+            self.tt + other.tt,
+        )
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """The mean over tokens of ``‖t − W a − b‖²``."""
+        off = self.tt - 2 * (bias @ self.t) + self.tokens * (bias @ bias)
+        cross = self.ta - torch.outer(bias, self.a)
+        return float(off - 2 * (weight * cross).sum() + (weight @ self.aa * weight).sum()) / max(self.tokens, 1)
+
+    def fit(self, weight: Tensor, penalty: float, centred: bool) -> tuple[Tensor, Tensor]:
+        """Ridge around ``weight``; a bias takes up the means if ``centred``."""
+        n = max(self.tokens, 1)
+        aa, ta, a, t = self.aa / n, self.ta / n, self.a / n, self.t / n
+        if centred:
+            aa, ta = aa - torch.outer(a, a), ta - torch.outer(t, a)
+        damping = penalty * float(aa.diagonal().mean().clamp(min=1e-30))
+        inner = aa + damping * torch.eye(len(aa), dtype=aa.dtype, device=aa.device)
+        fitted = torch.linalg.solve(inner, (ta + damping * weight).T).T
+        return fitted, t - fitted @ a if centred else torch.zeros_like(t)
+
+
+def _fitted(layer: nn.Module, fitting: _Sums, judging: _Sums) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of least error; None: those that are there."""
+    weight, bias = weight_of(layer).double(), getattr(layer, "bias", None)
+    centred = bias is not None
+    now = bias.double() if centred else weight.new_zeros(len(weight))
+    errors = {p: judging.error(*fitting.fit(weight, p, centred)) for p in _PENALTIES}
+    best = min(errors, key=lambda p: errors[p])
+    if not errors[best] < judging.error(weight, now):
+        return None
+    fitted, offset = (fitting + judging).fit(weight, best, centred)
+    return fitted, offset if centred else None
