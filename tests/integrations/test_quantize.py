@@ -21,6 +21,7 @@ from resu.integrations.checkpoint import prune_checkpoint
 from resu.integrations.convert import convert
 from resu.integrations.hf import load_model
 from resu.integrations.quantize import write_pack_quantized
+from resu.integrations.shrink.transform import shrink_transformer
 from resu.modules.convert import get_resu_modules
 
 
@@ -39,6 +40,18 @@ def llama(tmp_path):
         return tmp_path / name
 
     return make
+
+
+def test_sizes_that_no_configuration_can_say_are_refused(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = transformers.BertModel(config)
+    shrink_transformer(model, heads=0.5)
+    model.save_pretrained(tmp_path / "smaller")
+    with pytest.raises(ValueError, match="resu_shrunk"):
+        write_pack_quantized(tmp_path / "smaller", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -20,6 +20,7 @@ from resu.formats.stored import Stored
 from resu.integrations.convert import write_folder
 from resu.integrations.folders import check_apart, check_free
 from resu.integrations.hf import model_class, quiet
+from resu.integrations.shrink.sizes import KEY
 from resu.pruning.targets import pruning_targets
 
 __all__ = ["linear_layers", "write_pack_quantized"]
@@ -64,8 +65,8 @@ def write_pack_quantized(
     Raises:
         FileNotFoundError: If there is no folder, no ``config.json``, or no mask file.
         FileExistsError: If ``out`` holds something that may not be replaced.
-        ValueError: If nothing is left to pack, a weight does not fit, the model is quantized already, a file is
-            damaged, or a weight is not zero where its mask prunes.
+        ValueError: If nothing is left to pack, a weight does not fit, the model is quantized already or has sizes of
+            its own (``resu shrink``), a file is damaged, or a weight is not zero where its mask prunes.
         ImportError: If transformers is not installed.
     """
     source, out = Path(source), Path(out)
@@ -74,6 +75,11 @@ def write_pack_quantized(
     check_apart(out, source, masks)
     check_free(out, overwrite=overwrite)
     stored = Stored.open(source)
+    if KEY in stored.config:
+        raise ValueError(
+            f"{source} has sizes that its architecture has no place for ({KEY} in config.json, by resu shrink), and "
+            f"readers of {FORMAT} build models from the configuration alone; remove width and blocks only, not heads"
+        )
     packed, left = linear_layers(source, stored, ignore)
     plan = plan_quantized(plan_layout(stored, source, "dense", masks), packed, left, group_size)
     report = write_folder(plan, source, out, overwrite=overwrite, progress=progress)
