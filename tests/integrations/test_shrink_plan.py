@@ -174,6 +174,27 @@ def test_a_hasty_measurement_is_corrected(monkeypatch):
     assert abs(share(smaller_copy(model, kept_counts(costs.sites, found), None)) / 0.6 - 1) < 0.05
 
 
+def test_of_several_corrections_the_closest_is_taken(monkeypatch):
+    model = wide()
+    inputs = sample_inputs(model, 1, 8)
+    costs = Costs.of(model, inputs)
+    hasty, reached = [0.9, 1.0, 1.04, 0.8], []  # how far short measurements are off, search by search
+
+    def fake(models, inputs, rounds):
+        share = count_parameters(models[1]) / costs.parameters
+        if rounds >= 20:
+            reached.append(share)
+            return Latency((1.0, share), (1.0, share))
+        return Latency((1.0, 1.0), (1.0, share * hasty[len(reached)]))
+
+    monkeypatch.setattr(targets, "measured_latency", fake)
+    found = solve_target(model, costs, inputs, Target("latency", 0.6), Fractions(), ["heads", "ffn"])
+    share = count_parameters(smaller_copy(model, kept_counts(costs.sites, found), None)) / costs.parameters
+    assert len(reached) == 4
+    assert share == reached[2]
+    assert abs(reached[3] / 0.6 - 1) > 0.2
+
+
 @pytest.mark.parametrize(("metric", "value"), [("energy", 0.5), ("params", 0), ("params", 1.0), ("macs", 2)])
 def test_impossible_targets(metric, value):
     with pytest.raises(ValueError, match=r"known: params|must lie in \(0, 1\)"):
