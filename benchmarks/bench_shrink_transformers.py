@@ -36,7 +36,7 @@ from resu.integrations.shrink.measure import Costs, measured_latency, sample_inp
 from resu.integrations.shrink.plan import Fractions
 from resu.integrations.shrink.quality import pooled
 from resu.integrations.shrink.targets import Target, solve_target
-from resu.integrations.shrink.transform import shrink_transformer
+from resu.integrations.shrink.transform import UPDATES, shrink_transformer
 
 COLUMNS = (
     *("model", "heads_removed", "ffn_removed", "method", "update", "recovery_steps", "metric", "dense", "value"),
@@ -135,9 +135,9 @@ def minilm(data: Path, steps: int) -> list[Row]:
         (THIRD, HALF, "l2", "", 0),
         (THIRD, HALF, "taylor", "", 0),
         (THIRD, HALF, "activation", "", 0),
-        (THIRD, HALF, "activation", "least-squares", 0),
-        (Fraction(half.heads), Fraction(half.ffn), "activation", "least-squares", 0),
-        (THIRD, HALF, "activation", "least-squares", steps),
+        *((THIRD, HALF, "activation", update, 0) for update in UPDATES),
+        *((Fraction(half.heads), Fraction(half.ffn), "activation", update, 0) for update in UPDATES),
+        *((THIRD, HALF, "activation", update, steps) for update in UPDATES),
     ]
     return rows_of("all-MiniLM-L6-v2", model, settings, batches, judge, recover, "cosine", [(1, 128), (8, 64)])
 
@@ -165,13 +165,13 @@ def stories(data: Path, steps: int) -> list[Row]:
                 for heads, ffn in ((quarter, none), (none, HALF))
                 for method in ("l2", "taylor")
             ),
-            (quarter, none, "activation", "least-squares", 0),
-            (none, HALF, "activation", "least-squares", 0),
             (HALF, HALF, "taylor", "", 0),
-            (HALF, HALF, "activation", "least-squares", 0),
-            (quarter, none, "activation", "least-squares", steps),
-            (none, HALF, "activation", "least-squares", steps),
-            (HALF, HALF, "activation", "least-squares", steps),
+            *(
+                (heads, ffn, "activation", update, count)
+                for count in (0, steps)
+                for heads, ffn in ((quarter, none), (none, HALF), (HALF, HALF))
+                for update in UPDATES
+            ),
         ]
         return rows_of("stories260K", model, settings, batches, judge, recover, "perplexity", [(4, 256)])
 

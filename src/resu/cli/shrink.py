@@ -55,7 +55,11 @@ def command(
         Path | None, typer.Option(help="Text to measure quality on before and after; left out: --data.")
     ] = None,
     update: Annotated[
-        str | None, typer.Option(help="least-squares: fit the layers that read what is left, on --data.")
+        str | None,
+        typer.Option(
+            help="least-squares: fit the layers that read what is left, on --data; sequential: after that each layer, "
+            "in order, to what the model before has in its residual stream."
+        ),
     ] = None,
     round_to: Annotated[int, typer.Option(min=1, help="The width that stays is a multiple of it.")] = 8,
     shape: Annotated[

@@ -226,7 +226,7 @@ def _sites_of_block(family: Family, block: nn.Module, index: int) -> list[Site]:
     width = shape_of(block.get_submodule(family.contract))[1]
     expand = tuple(Rows(prefix + name, 1) for name in family.expand)
     mixing, contract = Rows(prefix + family.output, group * size), Rows(prefix + family.contract, 1)
-    streams = [prefix + name for name in family.streams] or [None, None]
+    streams: list[str | None] = [prefix + name for name in family.streams] or [None, None]
     return [
         Site(prefix + family.attention, "heads", index, keys, mixing, inner, group, streams[0]),
         Site(prefix + family.contract.rpartition(".")[0], "ffn", index, width, contract, expand, stream=streams[1]),

@@ -175,7 +175,7 @@ def _fitted(layer: nn.Module, fitting: _Sums, judging: _Sums) -> tuple[Tensor, T
     """Weight and bias of least error; None: those that are there."""
     weight, bias = weight_of(layer).double(), getattr(layer, "bias", None)
     centred = bias is not None
-    now = bias.double() if centred else weight.new_zeros(len(weight))
+    now = weight.new_zeros(len(weight)) if bias is None else bias.double()
     errors = {p: judging.error(*fitting.fit(weight, p, centred)) for p in _PENALTIES}
     best = min(errors, key=lambda p: errors[p])
     if not errors[best] < judging.error(weight, now):

@@ -30,7 +30,8 @@ class ShrinkConfig:
         samples: Calibration samples.
         length: Tokens per sample; None: what the model was made for, at most 2048.
         evaluate: Text to measure quality on before and after; None: ``data``.
-        update: None, or ``"least-squares"``: the layers that read what is left are fitted on ``data``.
+        update: None; ``"least-squares"``: the layers that read what is left are fitted on ``data``; or
+            ``"sequential"``: after that all that write to the residual stream, one after another.
         round_to: The feed-forward width that stays is a multiple of it: odd widths can be slower than larger ones.
         batch: Rows of the inputs that multiply-adds and latency are measured on.
         tokens: Tokens of each row; None: 128, or what the model was made for.

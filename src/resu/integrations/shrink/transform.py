@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -79,8 +80,11 @@ def shrink_transformer(
         depth: How many blocks are removed, those of least influence (needs batches).
         method: A name in :data:`resu.integrations.shrink.scores.unit_scores`.
         batches: Mappings with ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``; kept in memory.
-        update: None, or ``"least-squares"``: fit the layers that read what is left
-            (:func:`resu.integrations.shrink.refit.fitted_weights`; needs batches).
+        update: None; or ``"least-squares"``: fit the layers that read what is left
+            (:func:`resu.integrations.shrink.refit.fitted_weights`; needs batches); or ``"sequential"``: after that all
+            layers that write to the residual stream, one after another, to what the stream was
+            (:func:`resu.integrations.shrink.sequential.fit_in_sequence`; needs two batches at least, holds a copy of
+            the model meanwhile, and takes a pass over the batches per layer).
         round_to: The width that stays is a multiple of it, or whole.
         seed: Of random numbers.
         progress: Called with (done, total, what).
@@ -132,6 +136,10 @@ def shrink_to(
     progress: Progress | None = None,
 ) -> Shrunk:
     """:func:`shrink_transformer` with the number of units of each site, and the blocks that stay."""
+    sequential = update == "sequential"
+    if sequential:
+        check_batches(batches)
+    dense = copy.deepcopy(model) if sequential else None
     sites = sites_of(model)
     stay = range(len(blocks_of(model))) if blocks is None else blocks
     place = {block: index for index, block in enumerate(stay)}  # blocks move up where others go
@@ -141,6 +149,8 @@ def shrink_to(
     moved = {site.outer: _moved(site.outer, site.block, place.get(site.block, site.block)) for site in sites}
     verified = remove(model, units, blocks)
     put_weights(model, {moved[name]: value for name, value in fitted.items()})
+    if sequential:
+        fit_in_sequence(model, dense, batches, blocks, progress)
     return Shrunk(units, blocks, verified)
 
 
