@@ -127,6 +127,32 @@ def test_counted_targets(resu, stories, tmp_path, option, key, value):
     assert report["method"] == "l2"
 
 
+def test_sizes_that_a_configuration_leaves_out_are_written(resu, refused, stories, tmp_path, monkeypatch):
+    # Many a Llama's config.json has no head_dim: it is computed from the number of heads, which is another one now.
+    source = shutil.copytree(stories, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("head_dim", 8) == 8
+    (source / "config.json").write_text(json.dumps({**config, "note": "as it was", "torch_dtype": "bfloat16"}))
+    report = document(resu, source, "--heads", "0.5", "--out", tmp_path / "out")
+    assert report["loads_with"] == "from_pretrained"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sizes_of(model)["heads"] == [4] * 5
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    changed = {key: after[key] for key in after if after[key] != config.get(key)}
+    assert changed == {
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "note": "as it was",
+        "torch_dtype": "bfloat16",
+    }
+    from resu.integrations.shrink import saving
+
+    monkeypatch.setattr(saving, "changed_config", lambda stated, before, config: dict(stated))
+    assert "could not be loaded" in refused("shrink", source, "--heads", "0.5", "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_too_little_is_said(resu, stories, tmp_path):
     report = document(resu, stories, "--ffn", "0.5", "--heads", "1/5", "--out", tmp_path / "out")
     assert report["warnings"] == ["heads 1/5 takes none of 4 groups of query heads; all stay"]

@@ -18,7 +18,7 @@ from resu.integrations.hf import quiet
 from resu.integrations.shrink.families import blocks_of, family_of, sites_of
 from resu.integrations.shrink.sizes import KEY, VERSION, shrunk_class, sizes_of
 
-__all__ = ["state_sizes"]
+__all__ = ["builds", "state_sizes"]
 
 # What a block computes with beside its weights; another value after loading would be a silently wrong model.
 _NUMBERS = ("head_dim", "attention_head_size", "scaling", "sliding_window", "is_causal", "attention_type")
@@ -45,7 +45,7 @@ def state_sizes(model: Any, blocks: Sequence[int] | None = None) -> None:
         if all(len(set(sizes[kind])) == 1 for kind in stock):
             candidate = deepcopy(config)
             _state(candidate, model, sizes, stock)
-            if _builds(candidate, model):
+            if builds(candidate, model):
                 _state(config, model, sizes, stock)
                 return
     raise ValueError(
@@ -68,11 +68,11 @@ def _state(config: Any, model: Any, sizes: dict[str, list[int]], stock: Collecti
         setattr(config, KEY, {"version": VERSION, **rest, "load_with": "resu.load_shrunk_transformer"})
 
 
-def _builds(config: Any, model: Any) -> bool:
-    """Whether a model built from a configuration, as if it came from a file, is of the same shapes."""
+def builds(config: Any, model: Any) -> bool:
+    """Whether a model built from a configuration, as if it came from a file, has the shapes of this one."""
     try:
         with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            read = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+            read = type(config).from_dict(json.loads(config.to_json_string()))  # as save_pretrained writes it
             own: Any = type(model)
             kind = shrunk_class(own) if hasattr(config, KEY) else own
             built = kind._from_config(read)

@@ -7,13 +7,16 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from resu.core.shards import Shards
 from resu.integrations.folders import copy_companions, new_folder
 from resu.integrations.hf import check_directory, not_carried, restore_dtypes, seal_folder, write_model
+from resu.integrations.shrink.config import builds
 from resu.integrations.shrink.families import family_of
+from resu.integrations.shrink.removal import RemovalError
 
 __all__ = ["save_shrunk"]
 
@@ -46,6 +49,7 @@ def save_shrunk(
 
     Raises:
         FileExistsError: If ``out`` holds something that may not be replaced.
+        RemovalError: If the new ``config.json`` would not give the model.
     """
     folder = Path(source)
     with new_folder(out, overwrite=overwrite) as temporary:
@@ -57,6 +61,11 @@ def save_shrunk(
         lost = [name for name in not_carried(model, stored, weights) if not place.within(name)]
         seal_folder(temporary)
         config = changed_config(check_directory(folder), before, model.config)
+        if not builds(type(model.config).from_dict(deepcopy(config)), model):
+            raise RemovalError(
+                f"the config.json of {folder} says sizes of {type(model).__name__} in a way that is not known here, "
+                "so what would be written could not be loaded; nothing was"
+            )
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         left_out = copy_companions(folder, temporary)
@@ -100,12 +109,25 @@ def _finite(value: Any) -> Any:
 
 
 def changed_config(stated: Mapping[str, Any], before: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """A ``config.json`` as its author wrote it, but for what has changed."""
-    now = json.loads(config.to_json_string(use_diff=False))
-    was = json.loads(json.dumps(before, default=str))
+    """A ``config.json`` as its author wrote it, but for what has changed.
+
+    Args:
+        stated: The file.
+        before: What was read from it, as a dictionary.
+        config: What must be read from the new one.
+    """
+    was, now = json.loads(json.dumps(before, default=str)), _read(config)
     changed = {key: value for key, value in now.items() if key not in was or was[key] != value}
     found = {key: value for key, value in stated.items() if key in now or key not in was} | changed
     for alias, key in type(config).attribute_map.items():  # two names of one number must not disagree
         if key in changed and alias in found:
             found[alias] = changed[key]
+    # What a configuration computes from other keys where it is not said: the size of a head of many a Llama.
+    read_before, read = (_read(type(config).from_dict(deepcopy(dict(given)))) for given in (stated, found))
+    derived = {k: v for k, v in now.items() if read.get(k) != v and read_before.get(k) == was.get(k)}
+    return found | derived
+
+
+def _read(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return found
