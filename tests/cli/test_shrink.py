@@ -355,6 +355,20 @@ def test_architectures_that_are_not_known_are_refused(refused, tmp_path):
     assert "known: bert" in line
 
 
+def test_a_classifier_without_a_padding_token_is_told_to_name_one(resu, refused, stories, texts, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig.from_pretrained(stories)
+    config.pad_token_id = None
+    source = tmp_path / "classifier"
+    LlamaForSequenceClassification(config).save_pretrained(source)
+    for file in stories.glob("tokenizer*"):
+        shutil.copy(file, source)
+    args = ("shrink", source, "--ffn", "0.5", "--out", tmp_path / "out")
+    assert "pad_token_id" in refused(*args, *with_data(texts))
+    assert resu(*args).exit_code == 0  # nothing is read in batches
+
+
 def test_shapes():
     assert parse_shape(" 4x32 ") == (4, 32)
 

@@ -15,7 +15,7 @@ from resu.integrations.hf import check_directory, load_model
 from resu.integrations.hf_prune import model_batches
 from resu.integrations.hf_text import default_length, read_texts
 from resu.integrations.shrink.activity import block_influences
-from resu.integrations.shrink.exactness import longest_input
+from resu.integrations.shrink.exactness import classifies, longest_input
 from resu.integrations.shrink.families import family_named
 from resu.integrations.shrink.measure import Costs, measured_latency, sample_inputs, smaller_copy
 from resu.integrations.shrink.plan import choose_blocks, kept_counts, without_effect
@@ -74,7 +74,7 @@ def shrink_directory(
     for text in (config.data, config.evaluate):
         if text is not None:
             read_texts(text)  # that it can be read is better known before a large model is
-    model, tokenizer = _load(source, device)
+    model, tokenizer = _load(source, config, device)
     stated, sizes = model.config.to_dict(), sizes_of(model)
     inputs = _inputs(model, config)
     costs = Costs.of(model, inputs)
@@ -150,7 +150,7 @@ def sensitivity_of_directory(
     """
     if config.data is None:
         raise ValueError("what parts of a model cost is measured on data: give a calibration text")
-    model, tokenizer = _load(source, device)
+    model, tokenizer = _load(source, config, device)
     batches = _batches(model, tokenizer, config)
     scores = score_units(model, config.score, Calibration(batches, config.seed, progress))
     judge = BatchJudge(model, batches)
@@ -159,9 +159,16 @@ def sensitivity_of_directory(
     return {"source": str(source), "method": config.score, "metric": judge.metric, "dense": dense, "rows": rows}
 
 
-def _load(source: str | os.PathLike[str], device: torch.device | str | None) -> tuple[Any, Any]:
+def _load(source: str | os.PathLike[str], config: ShrinkConfig, device: torch.device | str | None) -> tuple[Any, Any]:
     family_named(check_directory(source).get("model_type"))  # better known before large weights are read
-    return load_model(source, device=device)
+    model: Any
+    model, tokenizer = load_model(source, device=device)
+    if (config.data or config.evaluate) and classifies(model) and model.config.pad_token_id is None:
+        raise ValueError(
+            f"{source} classifies texts and its config.json does not say which token pads them (pad_token_id), so they "
+            f"cannot be read in batches; add it (its tokenizer has {getattr(tokenizer, 'pad_token_id', None)})"
+        )
+    return model, tokenizer
 
 
 def _inputs(model: Any, config: ShrinkConfig) -> dict[str, Tensor]:
