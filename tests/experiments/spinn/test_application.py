@@ -8,15 +8,15 @@ import torch
 
 from resu.experiments.rows import append, read
 from resu.experiments.spinn import application
-from resu.experiments.spinn.adaptation import adapt, compare_adaptation, first_part, solving_cost, training_cost
 from resu.experiments.spinn.application import Settings, build
 from resu.experiments.spinn.fields import FIELDS, Field, relative_error, train_field
 from resu.experiments.spinn.fitting import Recipe
+from resu.experiments.spinn.jobs import jobs
 from resu.experiments.spinn.latency import latencies, packed
-from resu.experiments.spinn.runs import WAYS, Row, jobs, quantity_rows
+from resu.experiments.spinn.runs import WAYS, Row, quantity_rows
 from resu.experiments.spinn.table import main_table, pooled_r2, spread, tables
 from resu.experiments.spinn.twin import dense_network
-from tests.experiments.spinn.test_sparse import HIDDEN, RECIPE, twin_of
+from tests.experiments.spinn.test_sparse import HIDDEN, RECIPE
 
 pytest.importorskip("matplotlib")
 
@@ -101,8 +101,8 @@ def test_rows_of_all_ways_and_their_table(data, tmp_path):
     assert [(r.way, r.test) for r in back] == [(r.way, r.test) for r in rows]
     assert main_table(back).count("±") == 2 * len(WAYS) * 2
     assert "sparse, with physics" in tables(back, {})
-    assert jobs(["wear"], [], 2, back)[0] == ("adaptation", "wear", True, 0)
-    assert ("twin", "wear", True, 2) in jobs(["wear"], [], 3, back)
+    assert jobs(["wear"], [], 2, back)[0][0] == ("strength", "wear", True, 3)
+    assert ("twin", "wear", True, 2) in jobs(["wear"], [], 3, back)[0]
 
 
 def test_spread_and_pooled_r2():
@@ -111,30 +111,6 @@ def test_spread_and_pooled_r2():
     assert pooled_r2([1.0, 1.0], [2, 1], [0.0, 2.0, 4.0]) == pytest.approx(1 - 2 / 8)
     with pytest.raises(ValueError, match="each group"):
         pooled_r2([1.0], [2], [0.0])
-
-
-def test_adaptation_changes_the_output_layer_alone(data):
-    twin = twin_of(data)
-    rows, rest = first_part(data, 5, 0.3)
-    assert len(rows) + len(rest) == 40
-    assert data.time[rows].max() < data.time[rest].min()
-    with torch.no_grad():
-        twin.network[4].weight[0, :5] = 0
-    adapted = adapt(twin, data, rows)
-    for i in (0, 2):
-        assert torch.equal(adapted.network[i].weight, twin.network[i].weight)
-    assert not torch.equal(adapted.network[4].weight, twin.network[4].weight)
-    assert (adapted.network[4].weight[0, :5] == 0).all()
-    assert (adapted.network[4].weight[0, 5:] != 0).all()
-    result = compare_adaptation(twin, data, 5, RECIPE)
-    assert 0 < result.cost < 1
-    assert result.rows == len(rows)
-
-
-def test_training_cost_by_hand():
-    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
-    assert training_cost(network, 10, 7) == 3 * 8 * 10 * 7
-    assert solving_cost(network, 10) == 8 * 10 + 7 * (10 * 4 + 8 // 3)
 
 
 def test_packed_rows_give_the_masked_result():

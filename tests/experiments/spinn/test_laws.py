@@ -48,6 +48,7 @@ def test_heat_residual_is_second_order_small_for_the_exact_solution():
         gain=torch.tensor([[gain]], dtype=torch.float64),
         offset=torch.tensor([offset], dtype=torch.float64),
         size=torch.tensor([7.0], dtype=torch.float64),
+        usual=torch.tensor([[2.0], [0.3]], dtype=torch.float64),
         weight=1.0,
         unit="µm",
         drives=("spindle speed, 1000 rpm",),

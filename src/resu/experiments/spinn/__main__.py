@@ -15,8 +15,9 @@ from pathlib import Path
 from resu.experiments.render import BEGIN, END, around_marks, write_page
 from resu.experiments.rows import read
 from resu.experiments.spinn.fields import FIELDS
+from resu.experiments.spinn.jobs import jobs, one
 from resu.experiments.spinn.recordings import RECORDINGS, load_recording
-from resu.experiments.spinn.runs import RECIPES, Row, jobs, one, quantity_rows
+from resu.experiments.spinn.runs import RECIPES, Row, quantity_rows
 from resu.experiments.spinn.table import tables
 from resu.experiments.workers import spread
 
@@ -34,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.seeds < 1 or given.jobs < 1:
         parser.error("--seeds and --jobs are at least 1")
-    todo = jobs(given.quantities, given.fields, given.seeds, read(given.csv, Row))
-    print(f"{len(todo)} runs", flush=True)
-    spread(one, (given.data, given.csv), todo, given.jobs, lambda job: print(*job, flush=True))
+    for todo in jobs(given.quantities, given.fields, given.seeds, read(given.csv, Row)):
+        print(f"{len(todo)} runs", flush=True)
+        spread(one, (given.data, given.csv), todo, given.jobs, lambda job: print(*job, flush=True))
     if given.out is not None:
         _write(given.out, given.data, read(given.csv, Row), given.quantities)
 

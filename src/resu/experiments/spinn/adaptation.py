@@ -4,16 +4,49 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from resu.experiments.spinn.fitting import PENALTIES, Recipe, fit, solve_output
+from resu.experiments.spinn.closed_form import output_layer, solve_output, solving_cost
+from resu.experiments.spinn.fitting import Recipe, fit
+from resu.experiments.spinn.neurons import widths
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.twin import Twin, dense_network
 
-__all__ = ["Adaptation", "adapt", "compare_adaptation", "first_part", "retrain", "solving_cost", "training_cost"]
+__all__ = [
+    "STRENGTHS",
+    "Adaptation",
+    "Strength",
+    "adapt",
+    "compare_adaptation",
+    "first_part",
+    "retrain",
+    "squared_errors",
+]
+
+FRACTION = 0.3
+
+
+@dataclass(frozen=True, order=True)
+class Strength:
+    """How much a new tool may change the output layer.
+
+    Attributes:
+        weight: Times that each of its rows counts beside one of the tools that are known.
+        penalty: On squared weights, in units of the mean variance of the hidden units that the layer uses.
+    """
+
+    weight: int
+    penalty: float
+
+
+STRENGTHS = tuple(
+    Strength(weight, penalty)
+    for weight in (1, 3, 10, 30, 100)
+    for penalty in (10.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0)
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +56,7 @@ class Adaptation:
     Attributes:
         group: The tool or case.
         rows: Rows of its life that were learned from.
+        rest: Rows of its life that it is judged by.
         before, adapted, retrained: Root mean squared error on the rest, in the unit of the target.
         cost: Multiply-adds of adapting over those of retraining.
         seconds: Processor time of adapting over that of retraining.
@@ -30,20 +64,15 @@ class Adaptation:
 
     group: int
     rows: int
+    rest: int
     before: float
     adapted: float
     retrained: float
     cost: float
     seconds: float
 
-    @property
-    def recovered(self) -> float:
-        """Share of retraining's gain; NaN where retraining gained nothing."""
-        gain = self.before - self.retrained
-        return (self.before - self.adapted) / gain if gain > 0 else float("nan")
 
-
-def first_part(data: Prepared, group: int, fraction: float) -> tuple[Tensor, Tensor]:
+def first_part(data: Prepared, group: int, fraction: float = FRACTION) -> tuple[Tensor, Tensor]:
     """Rows of the first ``fraction`` of a group's time, and the rest."""
     rows = torch.tensor(data.recording.rows([group]))
     time_ = data.time[rows]
@@ -51,7 +80,7 @@ def first_part(data: Prepared, group: int, fraction: float) -> tuple[Tensor, Ten
     return rows[early], rows[~early]
 
 
-def adapt(twin: Twin, data: Prepared, rows: Tensor) -> Twin:
+def adapt(twin: Twin, data: Prepared, rows: Tensor, strength: Strength) -> Twin:
     """A copy whose output layer is solved anew, on the training part and ``rows``; all before it stays.
 
     What the hidden units say of the training part can be kept, so a machine that meets a new tool has little to do.
@@ -61,22 +90,67 @@ def adapt(twin: Twin, data: Prepared, rows: Tensor) -> Twin:
         twin: A trained one, dense or sparse.
         data: The recording.
         rows: Rows of the new tool.
+        strength: Chosen on tools that are known (:func:`squared_errors`).
     """
     twin = copy.deepcopy(twin)
-    solve_output(twin, data, torch.cat([data.train, rows]))
+    head, units = _head(twin, data)
+    found, last = output_layer(_solved(head, units, rows, strength)), output_layer(twin)
+    with torch.no_grad():
+        last.weight[:, _used(last)] = found.weight
+        last.bias.copy_(found.bias)
     return twin
 
 
-def retrain(twin: Twin, data: Prepared, rows: Tensor, recipe: Recipe, seed: int) -> Twin:
-    """A dense twin trained from nothing on the training part and ``rows``."""
+def _solved(head: Twin, units: Prepared, rows: Tensor, strength: Strength) -> Twin:
+    solve_output(head, units, _with(units, rows, strength.weight), strength.penalty)
+    return head
+
+
+def _with(data: Prepared, rows: Tensor, weight: int) -> Tensor:
+    return torch.cat([data.train, rows.repeat(weight)]).sort().values
+
+
+def squared_errors(twin: Twin, data: Prepared, group: int) -> dict[Strength, float]:
+    """What each strength would do: the sum of squared errors on the rest of a group's life.
+
+    For a tool that is known but that ``twin`` was trained without, so that the best strength can be told.
+
+    Args:
+        twin: Trained without the group.
+        data: With the group outside the training part.
+        group: The tool.
+    """
+    rows, rest = first_part(data, group)
+    head, units = _head(twin, data)
+    found = {}
+    for strength in STRENGTHS:
+        missed = _solved(head, units, rows, strength).predict(units.inputs[rest]) - data.targets[rest]
+        found[strength] = float(missed.double().square().sum())
+    return found
+
+
+def _used(last: nn.Linear) -> Tensor:
+    return (last.weight != 0).any(0)
+
+
+@torch.no_grad()
+def _head(twin: Twin, data: Prepared) -> tuple[Twin, Prepared]:
+    """The output layer on the hidden units that it uses, as a twin of its own, and those units as its inputs."""
+    last = output_layer(twin)
+    used = _used(last)
+    linear = nn.Linear(int(used.sum()), last.out_features)
+    linear.weight.copy_(last.weight[:, used])
+    linear.bias.copy_(last.bias)
+    head = Twin(nn.Sequential(linear), data.targets[data.train], twin.law)
+    return head, replace(data, inputs=twin.network[:-1](data.inputs)[:, used])
+
+
+def retrain(twin: Twin, data: Prepared, rows: Tensor, recipe: Recipe, seed: int, weight: int = 1) -> Twin:
+    """A dense twin trained from nothing on the training part and ``rows``, each of which counts ``weight`` times."""
     torch.manual_seed(seed)
-    everything = torch.cat([data.train, rows]).sort().values
-    network = dense_network(data.inputs.shape[1], data.targets.shape[1], _hidden(twin))
+    everything = _with(data, rows, weight)
+    network = dense_network(data.inputs.shape[1], data.targets.shape[1], widths(twin.network))
     return fit(Twin(network, data.targets[everything], copy.deepcopy(twin.law)), data, recipe, rows=everything)
-
-
-def _hidden(twin: Twin) -> list[int]:
-    return [layer.out_features for layer in twin.network if isinstance(layer, nn.Linear)][:-1]
 
 
 def training_cost(network: nn.Module, rows: int, steps: int) -> int:
@@ -84,12 +158,11 @@ def training_cost(network: nn.Module, rows: int, steps: int) -> int:
     return 3 * _weights(network) * rows * steps
 
 
-def solving_cost(network: nn.Sequential, rows: int) -> int:
-    """Multiply-adds of one pass over ``rows``, and of the output layer's normal equations for each penalty."""
-    last = network[-1]
-    assert isinstance(last, nn.Linear)
-    width = last.in_features
-    return _weights(network) * rows + len(PENALTIES) * last.out_features * (rows * width**2 + width**3 // 3)
+def adapting_cost(twin: Twin, known: int, new: int, weight: int) -> int:
+    """Multiply-adds of one pass, zeros counted too, and of the normal equations, new rows listed ``weight`` times."""
+    last = output_layer(twin)
+    used = int(_used(last).sum())
+    return _weights(twin.network) * (known + new) + (known + weight * new) * used**2 + last.out_features * used**3 // 3
 
 
 def _weights(network: nn.Module) -> int:
@@ -97,37 +170,33 @@ def _weights(network: nn.Module) -> int:
 
 
 def compare_adaptation(
-    twin: Twin, data: Prepared, group: int, recipe: Recipe, *, fraction: float = 0.3, seed: int = 0
+    twin: Twin, data: Prepared, group: int, strength: Strength, recipe: Recipe, *, seed: int = 0, weight: int = 1
 ) -> Adaptation:
-    """Adapt to one group of the test part and retrain for it; both see the first ``fraction`` of its life.
+    """Adapt to one group of the test part and retrain for it; both see the first 30 % of its life.
 
     Args:
         twin: Trained on the training part.
         data: The recording.
         group: The new tool.
+        strength: Of adapting.
         recipe: Of retraining.
-        fraction: Of its time.
         seed: Of retraining.
+        weight: Times that each row of the new tool counts in retraining.
     """
-    rows, rest = first_part(data, group, fraction)
+    rows, rest = first_part(data, group)
     began = time.process_time()
-    adapted = adapt(twin, data, rows)
+    adapted = adapt(twin, data, rows, strength)
     middle = time.process_time()
-    again = retrain(twin, data, rows, recipe, seed)
+    again = retrain(twin, data, rows, recipe, seed, weight)
     ended = time.process_time()
-    seen = len(data.train) + len(rows)
-    cost = solving_cost(twin.network, seen)
-    full = training_cost(again.network, recipe.rows, recipe.steps) + solving_cost(again.network, seen)
+    cost = adapting_cost(twin, len(data.train), len(rows), strength.weight)
+    full = training_cost(again.network, recipe.rows, recipe.steps)
+    full += solving_cost(again.network, len(data.train) + len(rows))
 
     def error(model: Twin) -> float:
         return float((model.predict(data.inputs[rest]) - data.targets[rest]).square().mean().sqrt())
 
     return Adaptation(
-        group,
-        len(rows),
-        error(twin),
-        error(adapted),
-        error(again),
-        cost / full,
-        (middle - began) / max(ended - middle, 1e-9),
+        *(group, len(rows), len(rest), error(twin), error(adapted), error(again)),
+        *(cost / full, (middle - began) / max(ended - middle, 1e-9)),
     )

@@ -21,7 +21,7 @@ from resu.experiments.spinn.page import page
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.recordings import load_recording
 from resu.experiments.spinn.ridge import ridge
-from resu.experiments.spinn.runs import RECIPES, dense_twin
+from resu.experiments.spinn.runs import dense_twin, recipe_for
 from resu.experiments.spinn.sparse import STAGES, TARGET, kept, prune_in_stages
 from resu.experiments.spinn.twin import HIDDEN, Twin, dense_network, score
 from resu.pruning.snapshots import model_checksum, read_model, write_model
@@ -60,7 +60,7 @@ class Settings:
     @property
     def recipe(self) -> Recipe:
         """Steps and rates."""
-        return QUICK if self.quick else RECIPES[self.quantity]
+        return QUICK if self.quick else recipe_for(self.quantity, physics=self.physics)
 
     @property
     def hidden(self) -> Sequence[int]:

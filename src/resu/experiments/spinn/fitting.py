@@ -1,8 +1,4 @@
-"""Training of a twin: data on batches of rows, physics on batches of pairs along the series, in one loss.
-
-The output layer is linear, so its best weights for given hidden units have a closed form; training starts from there
-(variable projection: Golub and Pereyra 1973), and every stage of pruning too.
-"""
+"""Training of a twin: data on batches of rows, physics on batches of pairs along the series, in one loss."""
 
 from __future__ import annotations
 
@@ -13,14 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resu.experiments.spinn.closed_form import output_layer, solve_output
 from resu.experiments.spinn.laws import take_pairs
 from resu.experiments.spinn.recording import Prepared
-from resu.experiments.spinn.ridge import ridge_weights
 from resu.experiments.spinn.twin import Twin
 
-__all__ = ["Recipe", "fit", "physics_rms", "solve_output"]
-
-PENALTIES = (1.0, 10.0, 100.0, 1000.0, 3000.0, 10000.0, 30000.0)
+__all__ = ["Recipe", "fit", "physics_rms"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +29,8 @@ class Recipe:
         decay: Decoupled weight decay (AdamW).
         rows: Per batch of data.
         pairs: Per batch of physics.
+        penalty: Of the output layer's closed form; None: chosen on the validation part, each time.
+        settle: Whether the output layer is solved at the end too, for the hidden units that training led to.
     """
 
     steps: int = 300
@@ -44,6 +40,8 @@ class Recipe:
     decay: float = 0.1
     rows: int = 256
     pairs: int = 32
+    penalty: float | None = None
+    settle: bool = False
 
 
 def fit(
@@ -82,7 +80,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
     if on_optimizer is not None:
         on_optimizer(optimizer)
-    pull = solve_output(twin, data, rows)
+    pull = solve_output(twin, data, rows, recipe.penalty).pull
     for _ in range(steps):
         optimizer.zero_grad()
         loss = _loss(twin, data, rows[torch.randint(len(rows), (recipe.rows,))], pull)
@@ -92,6 +90,8 @@ def fit(
         nn.utils.clip_grad_norm_(twin.network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    if recipe.settle:
+        solve_output(twin, data, rows, recipe.penalty)
     return twin
 
 
@@ -100,46 +100,9 @@ def _share(step: int, steps: int) -> float:
     return min(1.0, 10 * (step + 1) / max(steps, 1)) * (1 + math.cos(math.pi * step / max(steps, 1))) / 2
 
 
-@torch.no_grad()
-def solve_output(twin: Twin, data: Prepared, rows: Tensor) -> float:
-    """Set the output layer to the ridge solution on its hidden units, weights that are exactly 0 left at 0.
-
-    The penalty, in units of the hidden units' mean variance, is the one that is best on the validation part.
-
-    Args:
-        twin: Changed in place.
-        data: The recording.
-        rows: Rows that are fitted.
-
-    Returns:
-        The penalty on squared weights that a loss in means over rows and channels has to have, so that the solution is
-        stationary in it.
-    """
-    last = twin.network[-1]
-    assert isinstance(last, nn.Linear)
-    hidden = twin.network[:-1](data.inputs).double()
-    wanted = ((data.targets - twin.mean) / twin.scale).double()
-    unit = float(hidden[rows].var(0).mean())
-    active = last.weight != 0
-    found = {}
-    for penalty in PENALTIES if len(data.val) else PENALTIES[4:5]:
-        weight, bias = torch.zeros_like(last.weight), torch.zeros_like(last.bias)
-        for c, here in enumerate(active):
-            w, b = ridge_weights(hidden[rows][:, here], wanted[rows, c : c + 1], penalty * unit)
-            weight[c, here], bias[c] = w[:, 0].float(), b.float()[0]
-        error = hidden[data.val].float() @ weight.T + bias - wanted[data.val]
-        found[penalty] = (float(error.square().sum()), weight, bias)
-    best = min(found, key=lambda p: found[p][0])
-    last.weight.copy_(found[best][1])
-    last.bias.copy_(found[best][2])
-    return best * unit / (len(rows) * len(active))
-
-
 def _loss(twin: Twin, data: Prepared, rows: Tensor, pull: float) -> Tensor:
     error: Tensor = (twin(data.inputs[rows]) - data.targets[rows]) / twin.scale
-    last = twin.network[-1].weight
-    assert isinstance(last, Tensor)
-    return error.square().mean() + pull * last.square().sum()
+    return error.square().mean() + pull * output_layer(twin).weight.square().sum()
 
 
 def _physics(twin: Twin, data: Prepared, ends: Tensor) -> Tensor:

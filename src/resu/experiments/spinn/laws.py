@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from resu.experiments.spinn.recording import Prepared
+from resu.experiments.spinn.ridge import ridge_weights
+from resu.experiments.spinn.signals import lagged, per_sequence
 
 __all__ = ["Archard", "LumpedHeat", "Pairs", "Term", "law_for"]
 
@@ -116,27 +119,30 @@ class Archard(nn.Module):
 class LumpedHeat(nn.Module):
     """A body that is heated and cools: ``τ · dd/dt + d = o + Σ g_i · q_i``, per channel of displacement ``d``.
 
-    The lumped thermal ODE of first order (the body's temperature is one number, and displacement is proportional to
-    it); ``q`` are what heats it (speed and its square) and the temperature around it. τ > 0, g and o are learned.
+    The lumped thermal ODE of first order: the body has one temperature, displacement is proportional to it, and heat
+    flows in proportion to differences of temperature. ``q`` are the temperatures around the body, and what heats it
+    (speed and its square). τ > 0, g and o are learned.
 
     Args:
         tau: ``[channels]`` start values of τ.
         gain: ``[drives, channels]`` start values of g.
         offset: ``[channels]`` start values of o.
         size: ``[channels]`` typical displacement, for scaling.
+        usual: ``[2, drives]``: mean and standard deviation of ``q``, for scaling.
         weight: Of the term.
         unit: Of displacement.
         drives: What ``q`` are, with units.
 
     Example:
-        >>> law = LumpedHeat(tau=torch.tensor([2.0]), gain=torch.ones(1, 1), offset=torch.zeros(1),
-        ...                  size=torch.ones(1), weight=1.0, unit="µm", drives=("heat, W",))
+        >>> law = LumpedHeat(tau=torch.tensor([2.0]), gain=torch.ones(1, 1), offset=torch.zeros(1), size=torch.ones(1),
+        ...                  usual=torch.tensor([[4.0], [0.5]]), weight=1.0, unit="µm", drives=("heat, W",))
         >>> pairs = Pairs(torch.tensor([[0.0]]), torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([[5.0]]))
         >>> float(law.residual(pairs).detach())  # 2·2 + 1 − 5
         0.0
     """
 
     size: Tensor
+    usual: Tensor
 
     def __init__(
         self,
@@ -145,23 +151,30 @@ class LumpedHeat(nn.Module):
         gain: Tensor,
         offset: Tensor,
         size: Tensor,
+        usual: Tensor,
         weight: float,
         unit: str,
         drives: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.log_tau = nn.Parameter(tau.log())
-        # Learned in parts of the channel's size, so that one learning rate suits all.
-        self.gain = nn.Parameter(gain / size)
-        self.offset = nn.Parameter(offset / size)
+        # Learned in parts of the channel's size, for drives of the same size, so that one learning rate suits all.
+        mean, spread = usual
+        self.gain = nn.Parameter(gain * spread[:, None] / size)
+        self.offset = nn.Parameter((offset + mean @ gain) / size)
         self.register_buffer("size", size)
+        self.register_buffer("usual", usual)
         self.weight, self.unit, self.drives = weight, unit, drives
 
     def residual(self, pairs: Pairs) -> Tensor:
         """``[pairs, channels]``: ``τ · dd/dt + d − (o + Σ g_i · q_i)``, in the unit of displacement."""
         middle = (pairs.first + pairs.last) / 2
-        steady = self.size * (self.offset + pairs.drive @ self.gain)
-        return self.log_tau.exp() * pairs.rate + middle - steady
+        return self.log_tau.exp() * pairs.rate + middle - self.steady(pairs.drive)
+
+    def steady(self, drive: Tensor) -> Tensor:
+        """``[rows, channels]``: ``o + Σ g_i · q_i``, where displacement would come to rest."""
+        found: Tensor = self.size * (self.offset + (drive - self.usual[0]) / self.usual[1] @ self.gain)
+        return found
 
     def terms(self, pairs: Pairs) -> dict[str, Term]:
         """One term, for all channels."""
@@ -170,17 +183,22 @@ class LumpedHeat(nn.Module):
         return {"lumped heat": Term(scaled * scale, self.unit, scale, self.weight)}
 
     def constants(self) -> dict[str, str]:
-        """What was learned, with units: a list over channels each."""
+        """What was learned, with units: a list over channels each; drives of one kind (temperatures) are summed."""
         with torch.no_grad():
+            gain = self.gain * self.size / self.usual[1][:, None]
             found = {"τ": ", ".join(f"{tau:.0f}" for tau in self.log_tau.exp().tolist()) + " s"}
-            for name, row in zip(self.drives, (self.gain * self.size).tolist(), strict=True):
-                what, _, unit = name.rpartition(", ")
-                found[f"gain of {what}"] = ", ".join(f"{g:.3g}" for g in row) + f" {self.unit}/({unit})"
-            return found
+        named = [drive.rpartition(", ") for drive in self.drives]
+        for unit in dict.fromkeys(unit for _, _, unit in named):
+            here = [i for i, (_, _, u) in enumerate(named) if u == unit]
+            what = named[here[0]][0] + (f" to {named[here[-1]][0]} together" if len(here) > 1 else "")
+            told = ", ".join(f"{g:.3g}" for g in gain[here].sum(0).tolist())
+            found[f"gain of {what}"] = f"{told} {self.unit}/({unit})"
+        return found
 
 
 Law = Archard | LumpedHeat
-WEIGHTS: Mapping[str, float] = {"wear": 0.002, "milling": 0.002, "thermal": 0.2}
+START_TAU, START_PENALTY = 1200.0, 30.0  # chosen by rolling origins (docs/spinn.md)
+WEIGHTS: Mapping[str, float] = {"wear": 0.002, "milling": 0.002, "thermal": 1.0}
 
 
 def law_for(data: Prepared, weight: float | None = None) -> Law:
@@ -192,10 +210,10 @@ def law_for(data: Prepared, weight: float | None = None) -> Law:
     """
     recording = data.recording
     weight = WEIGHTS[recording.name] if weight is None else weight
+    if recording.name == "thermal":
+        return _heat(data, weight)
     ends = data.pairs(data.train)
     pairs = take_pairs(data, ends, data.targets[ends[:, 0]], data.targets[ends[:, 1]])
-    if recording.name == "thermal":
-        return _heat(pairs, data, weight)
     k = float((pairs.rate * pairs.drive).sum() / pairs.drive.square().sum())
     return Archard(
         k=max(k, 1e-9),
@@ -215,23 +233,29 @@ def take_pairs(data: Prepared, ends: Tensor, first: Tensor, last: Tensor) -> Pai
     return Pairs(first, last, time.float(), drive.float())
 
 
-def _heat(pairs: Pairs, data: Prepared, weight: float) -> LumpedHeat:
-    """Least squares of ``d = o + Σ g q − τ dd/dt``, channel by channel; τ is kept in 5 min to 6 h."""
-    middle, rate = (pairs.first + pairs.last).double() / 2, pairs.rate.double()
-    drive = pairs.drive.double()
-    tau, gain, offset = [], [], []
-    for c in range(middle.shape[1]):
-        columns = torch.cat([-rate[:, c : c + 1], torch.ones_like(drive[:, :1]), drive], 1)
-        found = torch.linalg.lstsq(columns, middle[:, c : c + 1]).solution[:, 0]
-        tau.append(float(found[0].clamp(300.0, 21600.0)))
-        offset.append(float(found[1]))
-        gain.append(found[2:])
+def _heat(data: Prepared, weight: float) -> LumpedHeat:
+    """The ODE's solution is a sum of drives lagged by τ: for the start value of τ, g and o are a ridge solution.
+
+    Differences of measurements over a minute, which the equation itself would take, are noise for the most part.
+    """
+    recording, train = data.recording, data.train
+    lags, means = [], []
+    for time, done in per_sequence(recording.sequence, recording.time, recording.drive):
+        drive = np.diff(done, axis=0) / np.diff(time)[:, None]  # means from row to row
+        means.append(np.concatenate([drive[:1], drive]))
+        lags.append(lagged(means[-1], START_TAU, float(np.diff(time).mean())))
+    now, late = (torch.tensor(np.concatenate(x))[train] for x in (means, lags))
+    usual = torch.stack([now.mean(0), now.std(0).clamp(min=1e-12)])
+    size = data.targets[train].std(0)
+    gain, offset = ridge_weights((late - usual[0]) / usual[1], (data.targets[train] / size).double(), START_PENALTY)
+    gain = gain / usual[1][:, None] * size
     return LumpedHeat(
-        tau=torch.tensor(tau),
-        gain=torch.stack(gain, 1).float(),
-        offset=torch.tensor(offset),
-        size=data.targets[data.train].std(0),
+        tau=torch.full_like(size, START_TAU),
+        gain=gain.float(),
+        offset=(offset * size - usual[0] @ gain).float(),
+        size=size,
+        usual=usual.float(),
         weight=weight,
-        unit=data.recording.unit,
-        drives=data.recording.drives,
+        unit=recording.unit,
+        drives=recording.drives,
     )

@@ -95,6 +95,12 @@ class Recording:
             *(torch.tensor(rows) for rows in (train, val, test)),
         )
 
+    def without(self, groups: Iterable[int]) -> Prepared:
+        """A split whose test part is these groups; all others train or, where they do anyway, validate."""
+        left = tuple(groups)
+        val = tuple(g for g in self.parts[1] if g not in left)
+        return self.prepare((tuple(g for g in self.groups() if g not in (*left, *val)), val, left))
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -149,7 +149,6 @@ _MILLING_FEATURES = (
 )
 
 _TAUS = {"temperature": (300, 1800, 7200), "speed": (300, 900, 1800, 3600, 7200), "speed²": (300, 1800, 7200)}
-_AMBIENT = 3  # t4 follows the spindle least
 
 
 def load_thermal(folder: str | os.PathLike[str]) -> Recording:
@@ -168,7 +167,7 @@ def load_thermal(folder: str | os.PathLike[str]) -> Recording:
     here = [f"t{i}" for i in range(1, 17)]
     n = len(time)
     block = np.searchsorted([int(0.6 * n), int(0.7 * n)], np.arange(n), side="right").astype(np.int64)
-    drive = integral(np.c_[speed, speed**2, warm[:, [_AMBIENT]]], time)
+    drive = integral(np.c_[speed, speed**2, warm], time)
     return Recording(
         name="thermal",
         inputs=np.concatenate([warm, speed, *lags], 1),
@@ -183,7 +182,7 @@ def load_thermal(folder: str | os.PathLike[str]) -> Recording:
         time=time,
         time_unit="s",
         drive=drive,
-        drives=("spindle speed, 1000 rpm", "its square, (1000 rpm)²", f"temperature t{_AMBIENT + 1}, °C"),
+        drives=("spindle speed, 1000 rpm", "its square, (1000 rpm)²", *(f"temperature {t}, °C" for t in here)),
         sequence=np.zeros(n, dtype=np.int64),
         group=block,
         group_name="block of time",

@@ -7,13 +7,9 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean
 
 import torch
 
-from resu.experiments.rows import append
-from resu.experiments.spinn.adaptation import compare_adaptation
 from resu.experiments.spinn.fields import FIELDS, Field, read_solution, relative_error, train_field
 from resu.experiments.spinn.fitting import Recipe, fit, physics_rms
 from resu.experiments.spinn.laws import law_for
@@ -26,15 +22,33 @@ from resu.experiments.spinn.twin import HIDDEN, Twin, dense_network, score
 from resu.pruning.magnitude_pruner import MagnitudePruner
 from resu.pruning.stages import prune_iteratively
 
-__all__ = ["RECIPES", "WAYS", "Row", "dense_twin", "field_rows", "jobs", "leave_one_out", "one", "quantity_rows"]
+__all__ = [
+    "RECIPES",
+    "WAYS",
+    "Row",
+    "dense_twin",
+    "field_rows",
+    "leave_one_out",
+    "quantity_rows",
+    "recipe_for",
+    "ridge_rows",
+]
 
 #: Chosen on the training and validation parts alone (docs/spinn.md). Few steps: the output layer starts in closed form.
 RECIPES = {
     "wear": Recipe(steps=60, tune=15, rate=3e-4, tune_rate=1e-4),
     "milling": Recipe(steps=60, tune=15, rate=3e-4, tune_rate=1e-4),
-    "thermal": Recipe(steps=150, tune=40, rate=1e-3, tune_rate=1e-3),
+    "thermal": Recipe(steps=60, tune=20, rate=1e-3, tune_rate=1e-3, penalty=100.0, settle=True),
 }
-FIELD_STEPS = {"burgers": {"adam": 300, "lbfgs": 900}, "allen-cahn": {"adam": 600, "lbfgs": 600}}
+#: Without the law, where that is better with other settings.
+PLAIN = {"thermal": Recipe(steps=60, tune=20, rate=1e-3, tune_rate=1e-3, penalty=1000.0)}
+
+
+def recipe_for(quantity: str, *, physics: bool = True) -> Recipe:
+    """Steps and rates for a quantity, with the law in the loss or without."""
+    return RECIPES[quantity] if physics else PLAIN.get(quantity, RECIPES[quantity])
+
+
 RIDGE_MORE = "ridge, on the validation part too"
 WAYS = ("dense", "sparse", "structured", "RESU")
 
@@ -44,7 +58,7 @@ class Row:
     """One measured number or network.
 
     Attributes:
-        study: ``"twin"``, ``"leave one out"``, ``"adaptation"`` or ``"field"``.
+        study: ``"twin"``, ``"leave one out"``, ``"strength"``, ``"adaptation"`` or ``"field"``.
         quantity: Recording or equation.
         way: ``"ridge"`` or one of :data:`WAYS`.
         physics: Whether the law was part of the loss.
@@ -153,34 +167,10 @@ def ridge_rows(data: Prepared) -> list[Row]:
     return rows
 
 
-def adaptation_rows(folder: str | os.PathLike[str], name: str, seed: int, recipe: Recipe) -> list[Row]:
-    """Adaptation of the sparse twin to each group of the test part, on the first 30 % of its life."""
-    data, found = load_recording(name, folder).prepare(), []
-    twin = dense_twin(data, recipe, seed, physics=True)
-    prune_in_stages(twin, data, recipe).release()
-    for group in data.recording.parts[2]:
-        if len(set(data.recording.time[data.recording.rows([group])])) < 4:
-            continue  # too short a life to have a first part
-        began = time.process_time()
-        result = compare_adaptation(twin, data, group, recipe, seed=seed)
-        told = (
-            f"RMSE {data.recording.unit}: before {result.before:.4g}, adapted {result.adapted:.4g}, retrained "
-            f"{result.retrained:.4g}; multiply-adds {result.cost:.4f}, processor time {result.seconds:.4f}"
-        )
-        found.append(
-            Row(
-                *("adaptation", name, "sparse", True, seed, str(group), TARGET, kept(twin)),
-                *(result.recovered, float("nan"), told, time.process_time() - began),
-            )
-        )
-    return found
-
-
 def leave_one_out(folder: str | os.PathLike[str], name: str, group: int, recipe: Recipe) -> list[Row]:
-    """Ridge, dense and sparse twin tested on one group; all others train or, where they do anyway, validate."""
+    """Ridge, dense and sparse twin tested on one group that they do not know."""
     recording = load_recording(name, folder)
-    val = tuple(g for g in recording.parts[1] if g != group)
-    data = recording.prepare((tuple(g for g in recording.groups() if g != group and g not in val), val, (group,)))
+    data = recording.without([group])
     rows = []
     for way in ("ridge", "dense", "sparse"):
         began = time.process_time()
@@ -239,48 +229,3 @@ def field_rows(
     result.release()
     row("sparse")
     return found
-
-
-Job = tuple[str, str, bool, int]
-"""Study, quantity (or equation), physics, seed (or group)."""
-
-
-def jobs(quantities: Sequence[str], fields: Sequence[str], seeds: int, done: Sequence[Row]) -> list[Job]:
-    """What there is to do and is not done yet; what the most depends on comes first."""
-    last = {"twin": "RESU", "field": "sparse", "leave one out": "sparse", "adaptation": "sparse"}
-    known = {
-        (r.study, r.quantity, r.physics, int(r.group) if r.study == "leave one out" else r.seed)
-        for r in done
-        if r.way == last[r.study]
-    }
-    groups = {"wear": (3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16), "milling": tuple(range(1, 17))}
-    found: list[Job] = [("twin", name, True, seed) for seed in range(seeds) for name in quantities]
-    found += [("field", name, True, 0) for name in fields]
-    found += [
-        ("adaptation", name, True, seed) for seed in range(min(seeds, 3)) for name in groups if name in quantities
-    ]
-    found += [("leave one out", name, True, g) for name in ("wear",) if name in quantities for g in groups[name]]
-    found += [("twin", name, False, seed) for seed in range(seeds) for name in quantities]
-    found += [("leave one out", name, True, g) for name in ("milling",) if name in quantities for g in groups[name]]
-    return [job for job in found if job not in known]
-
-
-def one(shared: tuple[Path, Path], *job: object) -> float:
-    """One job in a process of its own; its rows go out at once. Returns the mean of what it measured."""
-    folder, csv = shared
-    study, name, physics, number = str(job[0]), str(job[1]), bool(job[2]), int(str(job[3]))
-    rows: list[Row]
-    if study == "field":
-        rows = field_rows(folder, name, number, **FIELD_STEPS[name])
-    elif study == "adaptation":
-        rows = adaptation_rows(folder, name, number, RECIPES[name])
-    elif study == "leave one out":
-        rows = leave_one_out(folder, name, number, RECIPES[name])
-    else:
-        data, recipe = load_recording(name, folder).prepare(), RECIPES[name]
-        rows, _ = quantity_rows(data, recipe, number, physics=physics)
-        if number == 0 and physics:
-            rows = ridge_rows(data) + rows
-    for row in rows:
-        append(csv, row)
-    return fmean(row.test for row in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, median, pstdev, stdev
 
 from resu.experiments.spinn.runs import RIDGE_MORE, WAYS, Row
 
@@ -91,26 +91,55 @@ def left_out_table(rows: Sequence[Row], quantity: str, targets: Sequence[float])
     return markdown(["left out", *ways], lines)
 
 
-def adaptation_table(rows: Sequence[Row]) -> str:
-    """Per quantity, way and new tool: errors before, adapted, retrained; the gain recovered; the cost."""
-    some = [row for row in rows if row.study == "adaptation"]
-    lines = []
-    for key in dict.fromkeys((row.quantity, row.way, row.group) for row in some):
-        here = [row for row in some if (row.quantity, row.way, row.group) == key]
-        numbers = [[float(x) for x in re.findall(r"(?:before|adapted|retrained|adds|time) (\S+?)(?:[,;]|$)", r.detail)]
-                   for r in here]  # fmt: skip
-        before, adapted, retrained, adds, time = (fmean(column) for column in zip(*numbers, strict=True))
-        unit = re.search(r"RMSE (\S+):", here[0].detail)
-        gain = before - retrained
-        recovered = f"{100 * (before - adapted) / gain:.0f} %" if gain > 0 else "retraining gains nothing"
-        lines.append(
-            [
-                *(f"{NAMES[key[0]]}, {key[1]}, {key[2]}", *(f"{x:.3g}" for x in (before, adapted, retrained))),
-                *(unit[1] if unit else "", recovered, f"{100 * adds:.1f} %", f"{100 * time:.1f} %"),
-            ]
-        )
-    head = ["", "before", "adapted", "retrained", "unit", "gain recovered", "cost (multiply-adds)", "cost (time)"]
-    return markdown(head, lines)
+def adaptation_table(rows: Sequence[Row], quantity: str) -> str:
+    """Per new tool errors before, adapted and retrained, over all seeds, and the gain recovered; then all together."""
+    some = [row for row in rows if row.study == "adaptation" and row.quantity == quantity]
+    lines, every, shares = [], [], []
+    for group in sorted({row.group for row in some}, key=int):
+        here = [row for row in some if row.group == group]
+        found = [_adapted(row) for row in here]
+        every += found
+        strength = re.search(r"weight (\S+), penalty (\S+)$", here[0].detail)
+        lines.append([*_gains(group, found), " · ".join(strength.groups()) if strength else ""])
+        before, adapted, retrained = _squares(found)
+        if retrained < before:
+            shares.append((before - adapted) / (before - retrained))
+    lines.append([*_gains("**all rows together**", every), ""])
+    ratios = [[_squares([f])[i] / _squares([f])[0] for f in every] for i in (1, 2)]
+    unit = re.search(r"RMSE (\S+):", some[0].detail)
+    assert unit is not None
+    costs = [100 * fmean(found[i] for found in every) for i in (4, 5)]
+    of = f"{len(shares)} of {len(lines) - 1}"
+    middle = f", where the median share recovered is {100 * median(shares):.0f} %" if shares else ""
+    told = (
+        f"Median ratio of the squared error to that before: adapted {median(ratios[0]):.2f}, retrained "
+        f"{median(ratios[1]):.2f}. Retraining gains something on {of}{middle}. Adapting costs {costs[0]:.1f} % of "
+        f"retraining's multiply-adds and {costs[1]:.1f} % of its time."
+    )
+    head = [f"RMS error, {unit[1]}", "before", "adapted", "retrained", "gain recovered", "weight · penalty"]
+    return markdown(head, lines) + "\n\n" + told
+
+
+def _adapted(row: Row) -> tuple[float, ...]:
+    """Errors before, adapted, retrained; rows; cost in multiply-adds and in time."""
+    found = re.search(
+        r"before (\S+), adapted (\S+), retrained (\S+), over (\d+) rows; multiply-adds (\S+), processor time ([^\s;]+)",
+        row.detail,
+    )
+    assert found is not None, row.detail
+    return tuple(float(number) for number in found.groups())
+
+
+def _squares(found: Sequence[tuple[float, ...]]) -> tuple[float, float, float]:
+    before, adapted, retrained = (fmean((f[i] ** 2 for f in found), [f[3] for f in found]) for i in range(3))
+    return before, adapted, retrained
+
+
+def _gains(label: str, found: Sequence[tuple[float, ...]]) -> list[str]:
+    before, adapted, retrained = _squares(found)
+    share = f"{100 * (before - adapted) / (before - retrained):.0f} %"
+    told = share if retrained < before else "retraining gains nothing"
+    return [label, *(f"{math.sqrt(square):.3g}" for square in (before, adapted, retrained)), told]
 
 
 def field_table(rows: Sequence[Row]) -> str:
@@ -152,8 +181,13 @@ def tables(rows: Sequence[Row], targets: Mapping[str, Sequence[float]]) -> str:
                 f"R² of {NAMES[name]} with one group left out at a time, seed 0:",
                 left_out_table(rows, name, values),
             ]
-    if any(row.study == "adaptation" for row in rows):
-        parts += ["A new tool, after the first 30 % of its life; errors (RMS) on the rest:", adaptation_table(rows)]
+    for name in NAMES:
+        if any(row.study == "adaptation" and row.quantity == name for row in rows):
+            parts += [
+                f"A new tool, {NAMES[name]}: each in turn is unknown to a sparse twin, which then sees the first 30 % "
+                "of its life; errors on the rest, three seeds:",
+                adaptation_table(rows, name),
+            ]
     if any(row.study == "field" for row in rows):
         parts += ["Known solutions:", field_table(rows)]
     if any(row.physics and row.study == "twin" for row in rows):
