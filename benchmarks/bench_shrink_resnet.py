@@ -5,10 +5,11 @@
     pip install --no-deps --target FOLDER torch-pruning==1.6.1
 
 Both tools take whole channels by the same importance (the L2 norm of a group) until at most the given share of
-multiply-adds is left; then all smaller networks are fine-tuned on the same images in the same order. ``round 8`` keeps
-multiples of eight channels, ``global`` lets all channels compete; ``blocks`` takes whole residual blocks, those without
-which the loss on 256 training images is least, in seven stages. Latency is measured at the end for all networks of one
-depth in turns, on this machine and with one thread; ratios are medians over turns. ``wrong`` is the largest difference
+multiply-adds is left; then all smaller networks are fine-tuned on the same images in the same order. ``global`` lets
+all channels compete, ``inside`` those inside of blocks only; ``blocks`` takes whole residual blocks, those without
+which the loss on 256 training images is least, within the first half of the fine-tuning; ``blocks and channels`` takes
+three tenths of the multiply-adds as blocks, the rest as channels. Latency is measured at the end for all networks of
+one depth in turns, on this machine and with one thread; ratios are medians over turns. ``wrong`` is the largest difference
 between the smaller network and the same one with what was removed zeroed, over the largest output, before fine-tuning.
 torch-pruning has no such check; it takes the padding of these networks' shortcuts wrongly and fails, so it gets to
 prune inside of the blocks only.
@@ -40,9 +41,10 @@ from resu.experiments.rows import append
 from resu.pruning.structured.block_pruner import BlockPruner
 from resu.pruning.structured.pruner import StructuredPruner
 from resu.pruning.structured.sizes import count_macs, count_parameters, latencies
-from resu.pruning.structured.steps import shrink_iteratively
+from resu.pruning.structured.steps import GradualShrinker, shrink_iteratively
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+BLOCKS = "resu, blocks"
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,20 @@ def ours(model: nn.Module, left: float, **options: Any) -> tuple[nn.Module, floa
     return model, result.error
 
 
-def blocks(model: nn.Module, left: float, data: Images) -> tuple[nn.Module, float]:
-    """By this library, whole blocks, scored anew in seven stages."""
+def block_pruner(left: float, data: Images) -> BlockPruner:
+    """Whole blocks, scored by the loss on 256 training images."""
     places = next(iter(data.places(0, 256)))
     batch = data.take(places, torch.rand(len(places), 5, generator=torch.Generator().manual_seed(0)))
-    pruner = BlockPruner(
+    return BlockPruner(
         1 - left, EXAMPLE, calibration=[batch], target="macs", loss_fn=lambda m, b: F.cross_entropy(m(b[0]), b[1])
     )
-    results = shrink_iteratively(model, pruner, 7)
+
+
+def mixed(model: nn.Module, left: float, data: Images) -> tuple[nn.Module, float]:
+    """Blocks for three tenths of the multiply-adds, scored anew in four stages, then channels."""
+    macs = float(count_macs(model, EXAMPLE))
+    results = shrink_iteratively(model, block_pruner(0.7, data), 4)
+    results.append(StructuredPruner(1 - left, EXAMPLE, target="macs", scope="global").prune(model, dense=macs))
     return model, max(result.error for result in results)
 
 
@@ -118,11 +126,24 @@ def accuracy(model: nn.Module, data: Images, images: int) -> float:
     return 100 * right / seen
 
 
-def tune(model: nn.Module, data: Images, steps: int, batch: int, seed: int, tell: Callable[[str], None]) -> None:
-    """SGD with momentum; the step size rises for a tenth, then falls to 0."""
+def tune(
+    model: nn.Module,
+    data: Images,
+    steps: int,
+    batch: int,
+    seed: int,
+    tell: Callable[[str], None],
+    pruner: BlockPruner | None = None,
+) -> float:
+    """SGD with momentum; the step size rises for a tenth, then falls to 0.
+
+    With a pruner its share goes in the first half of the steps, in seven stages; the largest error of its checks.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
+    every = max(1, steps // 14)
+    gradual = pruner and GradualShrinker(pruner, optimizer, end_step=7 * every, frequency=every)
     model.train()
     begin = time.monotonic()
     for step, places in enumerate(data.places(seed, batch)):
@@ -133,9 +154,12 @@ def tune(model: nn.Module, data: Images, steps: int, batch: int, seed: int, tell
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         schedule.step()
+        if gradual:
+            gradual.step(model)
         if step % 10 == 9:
             tell(f"{step + 1}/{steps}, {(time.monotonic() - begin) / (step + 1) * (steps - step - 1):.0f} s left")
     tell("")
+    return max(result.error for result in gradual.results) if gradual else 0.0
 
 
 def main() -> int:
@@ -147,6 +171,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=10_000, help="test images")
+    parser.add_argument("--tools", nargs="+", help="only these, and the dense network to time them beside")
     parser.add_argument("--rivals", type=Path, help="folder that torch-pruning is installed in")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shrink_resnet.csv"))
     args = parser.parse_args()
@@ -155,13 +180,18 @@ def main() -> int:
     assert isinstance(data, Images)
     tools: dict[str, Callable[[nn.Module, float], tuple[nn.Module, float]]] = {
         "resu": ours,
-        "resu, round 8": lambda model, left: ours(model, left, round_to=8),
         "resu, global": lambda model, left: ours(model, left, scope="global"),
-        "resu, blocks": lambda model, left: blocks(model, left, data),
+        "resu, inside": lambda model, left: ours(model, left, scope="global", exclude=["conv1", "*.conv2"]),
+        "resu, blocks and channels": lambda model, left: mixed(model, left, data),
+        BLOCKS: lambda model, left: (model, 0.0),
     }
     if args.rivals is not None:
         sys.path.insert(0, str(args.rivals))
         tools["torch-pruning"] = theirs
+    if args.tools:
+        if unknown := [tool for tool in args.tools if tool not in tools]:
+            parser.error(f"unknown tools {unknown}; known: {', '.join(tools)} (torch-pruning with --rivals)")
+        tools = {tool: tools[tool] for tool in args.tools}
     about = {key: value for key, value in machine().items() if key in ("cpu", "torch", "python")}
     for depth in args.depths:
         weights = find_file(find_folder("model_resnet_cifar10"), [f"resnet{depth}.npz"])
@@ -176,16 +206,22 @@ def main() -> int:
                 networks.pop(tool, None)
                 print(f"ResNet-{depth}: {tool} failed: {type(error).__name__}: {error}")
         for tool, network in networks.items():
+            if args.tools and tool == "dense":
+                continue
             found[tool]["before"] = accuracy(network, data, args.images)
 
             def tell(text: str, tool: str = tool, depth: int = depth) -> None:
                 print(f"\rResNet-{depth}, {tool}: {text:<40}", end="" if text else "\n", flush=True)
 
-            tune(network, data, args.steps, args.batch, args.seed, tell)
+            pruner = block_pruner(args.left, data) if tool == BLOCKS else None
+            wrong = tune(network, data, args.steps, args.batch, args.seed, tell, pruner)
+            found[tool]["wrong"] = max(wrong, found[tool]["wrong"])
             found[tool]["after"] = accuracy(network, data, args.images)
             print(f"{found[tool]['before']:.2f} % -> {found[tool]['after']:.2f} %", flush=True)
         times = {n: latencies(list(networks.values()), torch.randn(n, 3, 32, 32)) for n in (1, 64)}
         for index, (tool, network) in enumerate(networks.items()):
+            if args.tools and tool == "dense":
+                continue
             row = Row(
                 depth=depth,
                 tool=tool,

@@ -280,6 +280,18 @@ def test_the_block_that_does_least_goes_first() -> None:
             assert score == pytest.approx(float(loss(one, x)), rel=1e-5)
 
 
+def test_losses_are_with_the_statistics_of_the_batch() -> None:
+    model, x = resnet(), torch.randn(4, 3, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+    scores = block_scores(model, ["1", "2"], [x], loss_fn=lambda m, b: m(b).square().mean())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, score in zip(("1", "2"), scores.tolist(), strict=True):
+        one = copy.deepcopy(model).train()
+        remove_blocks(one, [name])
+        with torch.no_grad():
+            assert score == pytest.approx(float(one(x).square().mean()), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adafactor, torch.optim.RMSprop])
 def test_the_optimizer_forgets_what_is_gone_and_undo_brings_it_back(kind: type[torch.optim.Optimizer]) -> None:
     model, x = stack(4), torch.randn(8, 3)

@@ -7,13 +7,15 @@ with it zeroed. That is seen by trying, not by looking at names or code.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from resu.core.globs import glob_list, glob_matches
@@ -202,8 +204,10 @@ def block_scores(
 ) -> Tensor:
     """How much each block does, higher = keep.
 
-    With ``loss_fn`` the mean loss of the model without that block. Else its influence ``1 − E[cos(input, output)]``
-    over samples, each flattened (ShortGPT, Men et al. 2024, arXiv 2403.03853, eq. 1, which takes it per token).
+    With ``loss_fn`` the mean loss of the model without that block. Batch norms then take the statistics of the batch:
+    those that they keep are of the model with all blocks, and training soon replaces them. Else its influence
+    ``1 − E[cos(input, output)]`` over samples, each flattened (ShortGPT, Men et al. 2024, arXiv 2403.03853, eq. 1,
+    which takes it per token).
 
     Args:
         model: Run in evaluation mode; not changed.
@@ -229,13 +233,27 @@ def _losses(
     model: nn.Module, names: Sequence[str], batches: Sequence[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
 ) -> Tensor:
     scores = torch.zeros(len(names), dtype=torch.float64)
-    for index, name in enumerate(names):
-        removal = remove_blocks(model, [name])
-        try:
-            scores[index] = sum(float(loss_fn(model, batch)) for batch in batches) / len(batches)
-        finally:
-            removal.undo()
+    with _batch_statistics(model):
+        for index, name in enumerate(names):
+            removal = remove_blocks(model, [name])
+            try:
+                scores[index] = sum(float(loss_fn(model, batch)) for batch in batches) / len(batches)
+            finally:
+                removal.undo()
     return scores
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norms use the statistics of each batch, and leave those that they keep alone."""
+    norms = [(m, m.training, m.track_running_stats) for m in model.modules() if isinstance(m, _BatchNorm)]
+    try:
+        for norm, _, _ in norms:
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
+        for norm, training, tracking in norms:
+            norm.training, norm.track_running_stats = training, tracking
 
 
 def _influences(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> Tensor:
