@@ -104,7 +104,8 @@ def test_targets_are_the_stream_with_what_came_before(monkeypatch):
     a, x = torch.cat(inputs)[real].double(), torch.cat(missing)[real].double()
     both = fitting + judging
     assert both.tokens == int(real.sum())
-    assert judging.tokens == int(batches[-1]["attention_mask"].sum())
+    every = torch.cat([batch["attention_mask"] for batch in batches])
+    assert judging.tokens == int(every[3::4].sum())
     torch.testing.assert_close(both.aa, a.T @ a, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(both.ta, (wanted - x).T @ a, rtol=1e-4, atol=1e-3)
 
@@ -129,14 +130,28 @@ def test_padding_says_nothing():
         torch.testing.assert_close(value, two.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
-def test_one_batch_is_refused_before_anything_changes():
+def test_one_text_is_refused_before_anything_changes():
     model = make("llama")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="at least, got 1"):
-        shrink_transformer(model, ffn=0.5, batches=batches_of(model, 1), update="sequential")
+    one = {key: value[:1] for key, value in batches_of(model, 1)[0].items()}
+    with pytest.raises(ValueError, match="two at least, got 1"):
+        shrink_transformer(model, ffn=0.5, batches=[one], update="sequential")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="calibration"):
         shrink_transformer(model, ffn=0.5, update="sequential")
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_few_texts_still_have_a_judge(rows, monkeypatch):
+    model = make("llama")
+    few = {key: value[:rows] for key, value in batches_of(model, 1)[0].items()}
+    seen = []
+    monkeypatch.setattr(sequential, "_fitted", lambda layer, fitting, judging: seen.append((fitting, judging)))
+    fit_in_sequence(model, copy.deepcopy(model), [few])
+    lengths = few["attention_mask"].sum(1)
+    judges = [index for index in range(rows) if index % 4 == 3 or index == rows - 1]
+    assert {judging.tokens for _, judging in seen} == {int(lengths[judges].sum())}
+    assert {fitting.tokens for fitting, _ in seen} == {int(lengths.sum() - lengths[judges].sum())}
 
 
 def test_half_precision():

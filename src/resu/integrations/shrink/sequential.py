@@ -19,7 +19,7 @@ __all__ = ["check_batches", "fit_in_sequence"]
 Batch = Mapping[str, Tensor]
 Progress = Callable[[int, int, str], None]
 _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean second moment
-_JUDGES = 4  # one batch in so many judges the penalty
+_JUDGES = 4  # one text in so many judges the penalty
 
 
 def fit_in_sequence(
@@ -37,30 +37,34 @@ def fit_in_sequence(
     for what the layers before it changed, blocks that were taken out among them; targets are not those of the layer
     alone, as in ThiNet (Luo et al. 2017, arXiv 1707.06342, eq. 6), and inputs are those that the layer will have, as in
     layer-wise reconstruction since Channel Pruning (He et al. 2017, arXiv 1707.06168, sec. 3.2). ``λ`` is the one whose
-    fit on three quarters of the batches errs least on the last quarter; where every fit errs more than the weights that
-    are there, these stay. Each layer takes a pass of both models up to that layer.
+    fit on three of four texts errs least on the fourth ones; where every fit errs more than the weights that are there,
+    these stay. Each layer takes a pass of both models up to that layer.
 
     Args:
         model: The smaller model, changed in place.
         dense: The model as it was.
-        batches: At least two, to judge by; ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``.
+        batches: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``; two texts in all at least.
         blocks: Which blocks of ``dense`` stayed; None: all.
         progress: Called with (done, total, what).
 
     Raises:
-        ValueError: With fewer than two batches.
+        ValueError: With fewer than two texts.
     """
     check_batches(batches)
     small, whole = sites_of(model), sites_of(dense)
     stay = range(len(small)) if blocks is None else blocks
     by_place = {(site.block, site.kind): site for site in whole}
-    first = len(batches) - max(1, len(batches) // _JUDGES)
+    judges = _judges(batches)
     with torch.no_grad(), evaluating(model), evaluating(dense):
         for done, site in enumerate(small):
             pair = by_place[stay[site.block], site.kind]
             fitting, judging = _Sums(), _Sums()
-            for index, batch in enumerate(batches):
-                (fitting if index < first else judging).add(*_seen(model, site, dense, pair, batch))
+            for batch, judge in zip(batches, judges, strict=True):
+                inputs, wanted = _seen(model, site, dense, pair, batch)
+                real = batch["attention_mask"].bool()
+                for sums, rows in ((fitting, ~judge), (judging, judge)):
+                    tokens = (real & rows[:, None].to(real.device)).to(inputs.device)
+                    sums.add(inputs[tokens], wanted[tokens])
             found = _fitted(model.base_model.get_submodule(site.outer), fitting, judging)
             if found is not None:
                 put_weights(model, {site.outer: found})
@@ -69,16 +73,22 @@ def fit_in_sequence(
 
 
 def check_batches(batches: Sequence[Batch]) -> None:
-    """Refuse fewer than two batches.
+    """Refuse fewer than two texts.
 
     Raises:
         ValueError: If there are fewer.
     """
-    if len(batches) < 2:
-        raise ValueError(
-            f"a sequential update judges its fit on batches of their own: give two at least, got {len(batches)}; more "
-            "calibration samples, or a smaller batch size, make more"
-        )
+    texts = sum(len(batch["input_ids"]) for batch in batches)
+    if texts < 2:
+        raise ValueError(f"a sequential update judges its fit on texts of their own: give two at least, got {texts}")
+
+
+def _judges(batches: Sequence[Batch]) -> list[Tensor]:
+    """Per batch which rows judge: every fourth of all, and the last, so that there is one."""
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    judge = torch.arange(1, sum(sizes) + 1) % _JUDGES == 0
+    judge[-1] = True
+    return list(judge.split(sizes))
 
 
 class _ReachedError(Exception):
@@ -86,13 +96,12 @@ class _ReachedError(Exception):
 
 
 def _seen(model: Any, site: Site, dense: Any, pair: Site, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Inputs of the layer in the smaller model, and what its outputs should be; a row per token that is no padding."""
+    """Inputs of the layer in the smaller model, and what its outputs should be, ``[batch, tokens, …]`` each."""
     inputs, stream = _pass(model, site, batch, outputs=False)
     wanted, before = _pass(dense, pair, batch, outputs=True)
     if stream is not None and before is not None:
         wanted = wanted + (before - stream)
-    real = batch["attention_mask"].bool()
-    return inputs[real.to(inputs.device)], wanted[real.to(wanted.device)]
+    return inputs, wanted
 
 
 def _pass(model: Any, site: Site, batch: Batch, *, outputs: bool) -> tuple[Tensor, Tensor | None]:

@@ -83,7 +83,7 @@ def shrink_transformer(
         update: None; or ``"least-squares"``: fit the layers that read what is left
             (:func:`resu.integrations.shrink.refit.fitted_weights`; needs batches); or ``"sequential"``: after that all
             layers that write to the residual stream, one after another, to what the stream was
-            (:func:`resu.integrations.shrink.sequential.fit_in_sequence`; needs two batches at least, holds a copy of
+            (:func:`resu.integrations.shrink.sequential.fit_in_sequence`; needs two texts at least, holds a copy of
             the model meanwhile, and takes a pass over the batches per layer).
         round_to: The width that stays is a multiple of it, or whole.
         seed: Of random numbers.
