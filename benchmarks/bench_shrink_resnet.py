@@ -11,8 +11,8 @@ which the loss on 256 training images is least, within the first half of the fin
 three tenths of the multiply-adds as blocks, the rest as channels. Latency is measured at the end for all networks of
 one depth in turns, on this machine and with one thread; ratios are medians over turns. ``wrong`` is the largest
 difference between the smaller network and the same one with what was removed zeroed, over the largest output, before
-fine-tuning. torch-pruning has no such check; it takes the padding of these networks' shortcuts wrongly and fails, so it gets to
-prune inside of the blocks only.
+fine-tuning. torch-pruning has no such check; it takes the padding of these networks' shortcuts wrongly and fails, so it
+gets to prune inside of the blocks only.
 
 The images are JPEGs (quality 75) and the networks were trained on the originals: compare with each other.
 """

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+from resu.pruning.structured.sizes import time_in_turns
+
 __all__ = ["latencies", "packed"]
 
 
-def latencies(calls: Mapping[str, Callable[[], object]], rounds: int = 50, repeats: int = 5) -> dict[str, float]:
-    """Median seconds per call; in each round every call is timed once, ``repeats`` times over.
+def latencies(calls: Mapping[str, Callable[[], object]], rounds: int = 50) -> dict[str, float]:
+    """Median seconds per call, measured in turns.
+
+    Raises:
+        ValueError: Without calls or rounds.
 
     Example:
         >>> sorted(latencies({"nothing": lambda: None, "a sum": lambda: sum(range(1000))}, rounds=3))
         ['a sum', 'nothing']
     """
-    if not calls or rounds < 1 or repeats < 1:
-        raise ValueError("timing needs something to call, and at least one round and one repeat")
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            found[name].append((time.perf_counter() - began) / repeats)
-    return {name: median(times) for name, times in found.items()}
+    measured = time_in_turns(list(calls.values()), rounds=rounds, seconds=0.002)
+    return dict(zip(calls, measured.seconds, strict=True))
 
 
 def _rows(weight: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resu.pruning.structured.verify import call, plain_forward
 
-__all__ = ["Latency", "count_macs", "count_parameters", "latencies"]
+__all__ = ["Latency", "count_macs", "count_parameters", "latencies", "time_in_turns"]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -81,31 +82,50 @@ def latencies(models: Sequence[nn.Module], example_inputs: Any, *, rounds: int =
         rounds: How many.
         seconds: How long each model runs in a round, about; at least one pass.
 
+    Raises:
+        ValueError: Without models or rounds.
+
     Example:
         >>> small, large = nn.Linear(8, 8), nn.Sequential(*[nn.Linear(300, 300) for _ in range(9)])
         >>> latencies([small], torch.zeros(1, 8), rounds=3, seconds=0.001).ratios
         (1.0,)
     """
-    if not models or rounds < 1:
-        raise ValueError(f"give at least one model and one round, got {len(models)} models and rounds={rounds!r}")
     with _evaluating(*models), torch.inference_mode():
-        counts = []
-        for model in models:
-            call(model, example_inputs)  # first passes choose kernels and fill caches
-            once = min(_timed(model, example_inputs, 1) for _ in range(3))
-            counts.append(max(1, round(seconds / max(once, 1e-7))))
-        turns = [
-            [_timed(model, example_inputs, n) for model, n in zip(models, counts, strict=True)] for _ in range(rounds)
-        ]
-    medians = tuple(statistics.median(turn[i] for turn in turns) for i in range(len(models)))
-    ratios = tuple(statistics.median(turn[i] / turn[0] for turn in turns) for i in range(len(models)))
+        return time_in_turns([partial(call, model, example_inputs) for model in models], rounds=rounds, seconds=seconds)
+
+
+def time_in_turns(calls: Sequence[Callable[[], object]], *, rounds: int = 15, seconds: float = 0.02) -> Latency:
+    """Time functions against each other as :func:`latencies` does models.
+
+    Args:
+        calls: The first is what the others are compared with.
+        rounds: How many.
+        seconds: How long each runs in a round, about; at least one call.
+
+    Raises:
+        ValueError: Without functions or rounds.
+
+    Example:
+        >>> len(time_in_turns([lambda: None, lambda: sum(range(1000))], rounds=3, seconds=0.001).seconds)
+        2
+    """
+    if not calls or rounds < 1:
+        raise ValueError(f"give at least one thing to time and one round, got {len(calls)} and rounds={rounds!r}")
+    counts = []
+    for one in calls:
+        one()  # first passes choose kernels and fill caches
+        once = min(_timed(one, 1) for _ in range(3))
+        counts.append(max(1, round(seconds / max(once, 1e-7))))
+    turns = [[_timed(one, n) for one, n in zip(calls, counts, strict=True)] for _ in range(rounds)]
+    medians = tuple(statistics.median(turn[i] for turn in turns) for i in range(len(calls)))
+    ratios = tuple(statistics.median(turn[i] / turn[0] for turn in turns) for i in range(len(calls)))
     return Latency(medians, ratios)
 
 
-def _timed(model: nn.Module, inputs: Any, times: int) -> float:
+def _timed(one: Callable[[], object], times: int) -> float:
     begin = time.perf_counter()
     for _ in range(times):
-        call(model, inputs)
+        one()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - begin) / times
