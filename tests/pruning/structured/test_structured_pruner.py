@@ -124,6 +124,24 @@ def test_latency_is_bisected(monkeypatch):
         StructuredPruner(0.99, X, target="latency", include="0").prune(net())
 
 
+def test_latency_that_falls_in_steps_is_met_by_some_of_the_groups(monkeypatch):
+    """Both layers get faster at half of their units, and nowhere else: so one of them has to keep more."""
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def fake(models, inputs, **_):
+        times = [0.5 + sum(0.25 * (m[k].out_features > 8) for k in (0, 2)) for m in models]
+        return Latency(tuple(times), tuple(t / times[0] for t in times))
+
+    monkeypatch.setattr(targets, "latencies", fake)
+    model = net()
+    result = StructuredPruner(0.25, torch.zeros(1, 4), target="latency").prune(model)
+    assert result.reached.met
+    assert sorted(model[k].out_features > 8 for k in (0, 2)) == [False, True]
+
+
 def test_undo_is_exact():
     model = net()
     optimizer = torch.optim.Adam(model.parameters())
