@@ -155,6 +155,27 @@ def test_what_is_read_by_a_hook_is_refused_where_outputs_say_so() -> None:
     assert "does not run" in found.refused["block"]
 
 
+def test_layers_that_a_cache_counts_are_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    found = find_blocks(model, {"input_ids": torch.arange(6)[None]})
+    assert found.names == ()
+    assert all("shrink_transformer" in found.refused[f"model.layers.{k}"] for k in range(3))
+    with pytest.raises(ValueError, match=r"no block can be removed.*layer_idx"):
+        BlockPruner(0.5, {"input_ids": torch.arange(6)[None]}, calibration=[torch.arange(6)[None]]).prune(model)
+
+
+def test_an_encoder_of_torch_keeps_the_layer_that_it_looks_at() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    found = find_blocks(model, torch.randn(2, 5, 8))
+    assert found.names == ("layers.1", "layers.2")
+    assert "does not run" in found.refused["layers.0"]
+
+
 def test_aliases_that_are_written_to_are_noticed() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:

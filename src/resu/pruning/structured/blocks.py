@@ -105,8 +105,8 @@ def find_blocks(
     inner = [name for name in found if not any(_inside(other, name) for other in found)]
     refused: dict[str, str] = {}
     for name in list(inner):
-        if outside := _used_outside(model, name):
-            refused[name] = f"its parameters are also used outside of it, as {outside!r}"
+        if reason := _not_alone(model, name):
+            refused[name] = reason
             inner.remove(name)
 
     def check(names: Sequence[str]) -> Check:
@@ -348,11 +348,19 @@ def _inside(name: str, outer: str) -> bool:
     return name.startswith(f"{outer}.")
 
 
-def _used_outside(model: nn.Module, name: str) -> str | None:
-    """Another name, outside of a module, of one of its parameters."""
-    mine = {id(p) for p in model.get_submodule(name).parameters()}
-    names = (other for other, slot in slots(model).items() if id(slot.tensor) in mine)
-    return next((other for other in names if not _inside(other, name)), None)
+def _not_alone(model: nn.Module, name: str) -> str | None:
+    """Why a block cannot go though it gives its input back; None where nothing is known."""
+    block = model.get_submodule(name)
+    mine = {id(p) for p in block.parameters()}
+    for other, slot in slots(model).items():
+        if id(slot.tensor) in mine and not _inside(other, name):
+            return f"its parameters are also used outside of it, as {other!r}"
+    if any(isinstance(getattr(module, "layer_idx", None), int) for module in block.modules()):
+        return (
+            "it knows its place among the layers (layer_idx), by which a cache of keys and values counts, so that "
+            "generation would go wrong without it; shrink_transformer(model, depth=...) moves the others up"
+        )
+    return None
 
 
 def _forget(optimizer: Optimizer, gone: Collection[int], back: list[Callable[[], None]]) -> None:
