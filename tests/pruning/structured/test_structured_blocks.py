@@ -438,6 +438,14 @@ def test_wrong_options(options: dict[str, Any], match: str) -> None:
         BlockPruner(**given_)
 
 
+def test_what_names_nothing_is_said() -> None:
+    x = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="include 'nothing' matches no module; there are 0, 1"):
+        BlockPruner(0.5, x, calibration=[x], include=["1", "nothing"]).prune(stack())
+    with pytest.raises(TypeError, match="a list of batches, got one tensor"):
+        BlockPruner(0.5, x, calibration=x)
+
+
 def test_without_batches_nothing_is_guessed() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         BlockPruner(0.5, torch.zeros(1, 3), calibration=[]).prune(stack())

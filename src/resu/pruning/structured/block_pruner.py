@@ -43,7 +43,7 @@ class BlockPruner:
         rtol: Largest difference that verification lets pass, over the largest output.
 
     Raises:
-        TypeError: If a sparsity is no number.
+        TypeError: If a sparsity is no number, or calibration no list of batches.
         ValueError: On an unknown target, a sparsity out of range, or without inputs or calibration.
 
     Example:
@@ -78,6 +78,8 @@ class BlockPruner:
             )
         if calibration is None:
             raise ValueError("blocks are scored on data; pass calibration: a few batches of real inputs")
+        if isinstance(calibration, Tensor):
+            raise TypeError("calibration is a list of batches, got one tensor; pass [tensor] if that is the only one")
         if target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
         self.sparsity = check_sparsity(sparsity)

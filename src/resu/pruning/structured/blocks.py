@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from resu.core.globs import glob_list, glob_matches
+from resu.core.globs import glob_list, glob_matches, listing
 from resu.pruning.statistics import run_batch, undisturbed
 from resu.pruning.structured.attributes import is_direction
 from resu.pruning.structured.removal import Removal
@@ -79,6 +79,7 @@ def find_blocks(
 
     Raises:
         TypeError: If the model cannot be copied, or returns no tensor.
+        ValueError: If a glob of ``include`` matches no module.
 
     Example:
         >>> class Residual(nn.Module):
@@ -92,6 +93,10 @@ def find_blocks(
         ('1', '2')
     """
     wanted, unwanted = glob_list(include), glob_list(exclude) or []
+    names = [name for name, _ in model.named_modules() if name]
+    for glob in wanted or ():
+        if not any(_named(name, [glob]) for name in names):
+            raise ValueError(f"include {glob!r} matches no module; there are {listing(names)}")
     whole = double_copy(model)
     generator = torch.Generator().manual_seed(seed)
     found = []
