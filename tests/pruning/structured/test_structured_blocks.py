@@ -27,7 +27,8 @@ from resu.pruning.structured import (
     shrink_iteratively,
 )
 from resu.pruning.structured import target as targets
-from resu.pruning.structured.blocks import block_scores, skipped, zero_blocks
+from resu.pruning.structured.block_scores import block_scores
+from resu.pruning.structured.blocks import skipped, zero_blocks
 from resu.pruning.structured.sizes import Latency, count_macs
 
 

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from resu.core.counting import check_sparsity, keep_count, top_k_mask
 from resu.core.globs import glob_list
-from resu.pruning.structured.blocks import block_scores, find_blocks, remove_blocks, zero_blocks
+from resu.pruning.structured.block_scores import block_scores
+from resu.pruning.structured.blocks import find_blocks, remove_blocks, zero_blocks
 from resu.pruning.structured.result import StructuredResult
 from resu.pruning.structured.sizes import count_macs, count_parameters
 from resu.pruning.structured.target import TARGETS, Reached, meet_target
@@ -35,7 +36,7 @@ class BlockPruner:
         example_inputs: What the model runs on: a tensor, a tuple of arguments, a dictionary of keyword arguments.
         target: What the sparsity is a fraction of: ``"units"`` (the blocks that can go), ``"parameters"``,
             ``"macs"``, or ``"latency"`` measured on this machine.
-        calibration: Batches that blocks are scored on (:func:`resu.pruning.structured.blocks.block_scores`).
+        calibration: Batches that blocks are scored on (:func:`resu.pruning.structured.block_scores.block_scores`).
         loss_fn: ``loss_fn(model, batch) -> loss``: blocks are scored by the loss without them; else by their influence.
         include: Globs over modules that may go. Where blocks lie inside of each other this can name the outer ones.
         exclude: Globs over modules that stay.
