@@ -12,7 +12,7 @@ import torch
 from resu.experiments.spinn.fitting import Recipe, fit
 from resu.experiments.spinn.laws import law_for
 from resu.experiments.spinn.recordings import load_recording
-from resu.experiments.spinn.ridge import ridge
+from resu.experiments.spinn.ridge import ridge, ridge_penalty
 from resu.experiments.spinn.sparse import prune_in_stages
 from resu.experiments.spinn.twin import Twin, dense_network, score
 
@@ -32,7 +32,7 @@ def held_out(predicted: torch.Tensor) -> float:
 torch.manual_seed(0)
 network = dense_network(data.inputs.shape[1], 1, hidden=(128, 128, 128, 64))  # (512, 512, 512, 256) in earnest
 twin = fit(Twin(network, data.targets[data.train], law_for(data)), data, recipe)
-print(f"R² on tools {data.recording.parts[2]}: ridge {held_out(ridge(data)[0]):.3f}")
+print(f"R² on tools {data.recording.parts[2]}: ridge {held_out(ridge(data, ridge_penalty(data))):.3f}")
 print(f"dense network:  {held_out(twin.predict(data.inputs)):.3f}")
 
 result = prune_in_stages(twin, data, recipe)  # four stages to exactly 70 %, masks held while fine-tuning

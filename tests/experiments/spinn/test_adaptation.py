@@ -83,7 +83,8 @@ def test_nothing_of_the_rest_of_a_life_is_learned_from(data):
 def test_comparison_counts_what_it_says(data):
     twin = twin_of(data)
     rows, rest = first_part(data, 5)
-    result = compare_adaptation(twin, data, 5, Strength(2, 100.0), RECIPE, weight=3)
+    result = compare_adaptation(twin, data, 5, [Strength(2, 100.0), Strength(1, 10.0)], RECIPE, weight=3)
+    assert len(result.adapted) == 2
     assert (result.group, result.rows, result.rest) == (5, len(rows), len(rest))
     full = training_cost(twin.network, 32, 60) + solving_cost(twin.network, 160 + len(rows))
     assert result.cost == adapting_cost(twin, 160, len(rows), 2) / full
@@ -117,9 +118,15 @@ def test_the_strength_for_a_tool_is_the_best_for_the_others():
         strength_row("4 5", 4, "1x10 7, 10x1000 1"),
         strength_row("4 5", 5, "1x10 90, 10x1000 80"),
     ]
-    assert best_strength(rows, "wear", 3) == Strength(1, 10.0)  # 2 · 2 against 9 · 3
-    assert best_strength(rows, "wear", 4) == Strength(10, 1000.0)  # 5 · 90 against 1 · 80
-    assert best_strength(rows, "wear", 5) == Strength(1, 10.0)  # 0.001 · 7 against 9 · 1
+    assert best_strength(rows, "wear", 3) == Strength(1, 10.0)  # 2 + 2 against 9 + 3
+    assert best_strength(rows, "wear", 4) == Strength(10, 1000.0)  # 5 + 90 against 1 + 80
+    assert best_strength(rows, "wear", 5) == Strength(1, 10.0)  # 0.001 + 7 against 9 + 1
+    rows[5] = strength_row("4 5", 5, "1x10 10, 10x1000 80")
+    assert best_strength(rows, "wear", 4) == Strength(1, 10.0)  # 5 + 10 against 1 + 80
+    assert best_strength(rows, "wear", 4, "geometric mean") == Strength(1, 10.0)  # 5 · 10 against 1 · 80
+    rows[0] = strength_row("3 4", 3, "1x10 20, 10x1000 1")
+    assert best_strength(rows, "wear", 4) == Strength(1, 10.0)  # 20 + 10 against 1 + 80
+    assert best_strength(rows, "wear", 4, "geometric mean") == Strength(10, 1000.0)  # 20 · 10 against 1 · 80
     with pytest.raises(ValueError, match="run the study 'strength' first"):
         best_strength(rows, "milling", 3)
 

@@ -2,12 +2,15 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import numpy as np
+import pytest
 import torch
 
+from resu.experiments.spinn import runs
 from resu.experiments.spinn.origins import rolling_origins
-from resu.experiments.spinn.ridge import PENALTIES, ridge, ridge_weights
+from resu.experiments.spinn.ridge import PENALTIES, ridge, ridge_penalty, ridge_weights
 from tests.experiments.spinn.test_closed_form import warm
 
 
@@ -41,7 +44,7 @@ def test_ridge_takes_the_penalty_that_is_best_over_origins():
             total += float(((x[split.test] @ w + b - y[split.test]).square().mean(0) / spread).mean())
         return total
 
-    assert ridge(data)[1] == min(PENALTIES, key=lost)
+    assert ridge_penalty(data) == min(PENALTIES, key=lost)
 
 
 def test_ridge_of_a_series_never_looks_at_the_test_part():
@@ -49,4 +52,17 @@ def test_ridge_of_a_series_never_looks_at_the_test_part():
     recording = dataclasses.replace(data.recording, targets=data.recording.targets.copy())
     recording.targets[data.test.numpy()] = 1e6
     spoiled = copy.deepcopy(recording.prepare())
-    assert torch.equal(ridge(data)[0], ridge(spoiled)[0])
+    assert ridge_penalty(data) == ridge_penalty(spoiled)
+    assert torch.equal(ridge(data, 3.0), ridge(spoiled, 3.0))
+
+
+def test_rows_of_the_origins(monkeypatch):
+    monkeypatch.setattr(runs, "load_recording", lambda name, folder: warm())
+    monkeypatch.setattr(runs, "dense_twin", partial(runs.dense_twin, hidden=(16, 8)))
+    rows = runs.origin_rows("data", "thermal", 0)
+    assert [(row.way, row.physics) for row in rows] == [("ridge", False), ("dense", False), ("dense", True)]
+    assert [(row.way, row.seed) for row in runs.origin_rows("data", "thermal", 1)] == [("dense", 1)] * 2
+    for row in rows:
+        each = [float(r2) for r2 in row.detail.removeprefix("each ").split(", ")]
+        assert len(each) == 4
+        assert sum(each) / 4 == pytest.approx(row.test, abs=1e-3)

@@ -13,7 +13,7 @@ from resu.core.io import FileFormatError
 from resu.experiments.spinn.fitting import Recipe, fit, physics_rms
 from resu.experiments.spinn.laws import law_for
 from resu.experiments.spinn.neurons import remove_neurons, widths
-from resu.experiments.spinn.ridge import ridge, ridge_weights
+from resu.experiments.spinn.ridge import ridge, ridge_penalty, ridge_weights
 from resu.experiments.spinn.sparse import kept, prune_in_stages, resurrect, validated
 from resu.experiments.spinn.twin import Twin, dense_network, score
 
@@ -64,7 +64,8 @@ def test_ridge_solves_its_normal_equations():
 def test_ridge_never_looks_at_the_test_part(data):
     spoiled = copy.deepcopy(data)
     spoiled.targets[data.test] = 1e6
-    assert torch.equal(ridge(data)[0], ridge(spoiled)[0])
+    assert ridge_penalty(data) == ridge_penalty(spoiled)
+    assert torch.equal(ridge(data, 3.0), ridge(spoiled, 3.0))
 
 
 def test_four_stages_reach_exactly_seventy_percent(data):

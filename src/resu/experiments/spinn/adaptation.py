@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +58,8 @@ class Adaptation:
         group: The tool or case.
         rows: Rows of its life that were learned from.
         rest: Rows of its life that it is judged by.
-        before, adapted, retrained: Root mean squared error on the rest, in the unit of the target.
+        before, retrained: Root mean squared error on the rest, in the unit of the target.
+        adapted: The same for each strength.
         cost: Multiply-adds of adapting over those of retraining.
         seconds: Processor time of adapting over that of retraining.
     """
@@ -66,7 +68,7 @@ class Adaptation:
     rows: int
     rest: int
     before: float
-    adapted: float
+    adapted: tuple[float, ...]
     retrained: float
     cost: float
     seconds: float
@@ -170,7 +172,14 @@ def _weights(network: nn.Module) -> int:
 
 
 def compare_adaptation(
-    twin: Twin, data: Prepared, group: int, strength: Strength, recipe: Recipe, *, seed: int = 0, weight: int = 1
+    twin: Twin,
+    data: Prepared,
+    group: int,
+    strengths: Sequence[Strength],
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    weight: int = 1,
 ) -> Adaptation:
     """Adapt to one group of the test part and retrain for it; both see the first 30 % of its life.
 
@@ -178,18 +187,19 @@ def compare_adaptation(
         twin: Trained on the training part.
         data: The recording.
         group: The new tool.
-        strength: Of adapting.
+        strengths: Of adapting; the cost is that of the first.
         recipe: Of retraining.
         seed: Of retraining.
         weight: Times that each row of the new tool counts in retraining.
     """
     rows, rest = first_part(data, group)
     began = time.process_time()
-    adapted = adapt(twin, data, rows, strength)
+    adapted = [adapt(twin, data, rows, strengths[0])]
     middle = time.process_time()
     again = retrain(twin, data, rows, recipe, seed, weight)
     ended = time.process_time()
-    cost = adapting_cost(twin, len(data.train), len(rows), strength.weight)
+    adapted += [adapt(twin, data, rows, strength) for strength in strengths[1:]]
+    cost = adapting_cost(twin, len(data.train), len(rows), strengths[0].weight)
     full = training_cost(again.network, recipe.rows, recipe.steps)
     full += solving_cost(again.network, len(data.train) + len(rows))
 
@@ -197,6 +207,6 @@ def compare_adaptation(
         return float((model.predict(data.inputs[rest]) - data.targets[rest]).square().mean().sqrt())
 
     return Adaptation(
-        *(group, len(rows), len(rest), error(twin), error(adapted), error(again)),
+        *(group, len(rows), len(rest), error(twin), tuple(map(error, adapted)), error(again)),
         *(cost / full, (middle - began) / max(ended - middle, 1e-9)),
     )

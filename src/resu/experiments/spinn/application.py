@@ -20,7 +20,7 @@ from resu.experiments.spinn.neurons import remove_neurons, widths
 from resu.experiments.spinn.page import page
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.recordings import load_recording
-from resu.experiments.spinn.ridge import ridge
+from resu.experiments.spinn.ridge import ridge, ridge_penalty
 from resu.experiments.spinn.runs import dense_twin, recipe_for
 from resu.experiments.spinn.sparse import STAGES, TARGET, kept, prune_in_stages
 from resu.experiments.spinn.twin import HIDDEN, Twin, dense_network, score
@@ -163,7 +163,8 @@ def _report(
     settings: Settings, data: Prepared, twins: Mapping[str, Twin], result: IterativeResult, difference: float
 ) -> dict[str, Any]:
     test, y = data.test, data.targets
-    line, penalty = ridge(data)
+    penalty = ridge_penalty(data)
+    line = ridge(data, penalty)
     networks: dict[str, Any] = {
         "ridge": {"r2": score(line[test], y[test]), "parameters": (data.inputs.shape[1] + 1) * y.shape[1]}
     }

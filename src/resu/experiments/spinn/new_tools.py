@@ -20,7 +20,7 @@ from resu.experiments.spinn.runs import Row, dense_twin
 from resu.experiments.spinn.sparse import TARGET, kept, prune_in_stages
 from resu.experiments.spinn.twin import Twin
 
-__all__ = ["LIVES", "adaptation_rows", "best_strength", "strength_rows"]
+__all__ = ["BY", "LIVES", "adaptation_rows", "best_strength", "strength_rows"]
 
 #: Tools, and cases of at least four runs: shorter lives have no first part and rest to speak of.
 LIVES = {
@@ -28,6 +28,7 @@ LIVES = {
     "milling": (1, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15),
 }
 SEEDS = 3
+BY = ("sum", "geometric mean")
 #: Times that a row of a new tool counts in retraining: of 1, 3, 10 and 30 the best for retraining itself, on the tools
 #: and cases outside the test part.
 RETRAIN_WEIGHT = 10
@@ -58,11 +59,15 @@ def strength_rows(folder: str | os.PathLike[str], name: str, group: int, recipe:
     return found
 
 
-def best_strength(rows: Sequence[Row], name: str, group: int) -> Strength:
+def best_strength(rows: Sequence[Row], name: str, group: int, by: str = BY[0]) -> Strength:
     """What is best for all other tools together, in twins that know neither them nor ``group``.
 
-    Best is the geometric mean of their errors: sums of squares of tools differ by a hundred times, and one tool alone
-    would choose.
+    Args:
+        rows: Of the study ``"strength"``.
+        name: Recording.
+        group: The new tool.
+        by: ``"sum"`` of squared errors, as results are counted; or their ``"geometric mean"``, in which no tool weighs
+            more than another.
 
     Raises:
         ValueError: If there are no such rows.
@@ -74,28 +79,33 @@ def best_strength(rows: Sequence[Row], name: str, group: int) -> Strength:
         if row.detail.startswith(f"adapted to {group},"):
             continue
         for weight, penalty, error in re.findall(r"(\d+)x(\S+) ([^,\s]+)", row.detail):
-            total[Strength(int(weight), float(penalty))] += math.log(max(float(error), 1e-12))
+            lost = float(error) if by == "sum" else math.log(max(float(error), 1e-12))
+            total[Strength(int(weight), float(penalty))] += lost
     if not total:
         raise ValueError(f"no strength has been tried without {group} of {name}; run the study 'strength' first")
     return min(total, key=lambda strength: total[strength])
 
 
 def adaptation_rows(
-    folder: str | os.PathLike[str], name: str, group: int, recipe: Recipe, strength: Strength
+    folder: str | os.PathLike[str], name: str, group: int, recipe: Recipe, strengths: Sequence[Strength]
 ) -> list[Row]:
-    """A tool that the sparse twin does not know, three times over: adapted to, and retrained for, by its first 30 %."""
+    """A tool that the sparse twin does not know, three times over: adapted to, and retrained for, by its first 30 %.
+
+    Strengths are those :data:`BY` each criterion.
+    """
     data, found = load_recording(name, folder).without([group]), []
     for seed in range(SEEDS):
         twin = _sparse_twin(data, recipe, seed)
         began = time.process_time()
-        result = compare_adaptation(twin, data, group, strength, recipe, seed=seed, weight=RETRAIN_WEIGHT)
+        result = compare_adaptation(twin, data, group, strengths, recipe, seed=seed, weight=RETRAIN_WEIGHT)
         told = (
-            f"RMSE {data.recording.unit}: before {result.before:.5g}, adapted {result.adapted:.5g}, retrained "
-            f"{result.retrained:.5g}, over {result.rest} rows; multiply-adds {result.cost:.4f}, processor time "
-            f"{result.seconds:.4f}; weight {strength.weight}, penalty {strength.penalty:g}"
+            f"RMSE {data.recording.unit}: before {result.before:.5g}, adapted "
+            f"{' / '.join(f'{error:.5g}' for error in result.adapted)}, retrained {result.retrained:.5g}, over "
+            f"{result.rest} rows; multiply-adds {result.cost:.4f}, processor time {result.seconds:.4f}; weight · "
+            f"penalty {' / '.join(f'{s.weight} · {s.penalty:g}' for s in strengths)}"
         )
         gain = result.before**2 - result.retrained**2
-        recovered = (result.before**2 - result.adapted**2) / gain if gain > 0 else float("nan")
+        recovered = (result.before**2 - result.adapted[0] ** 2) / gain if gain > 0 else float("nan")
         found.append(
             Row(
                 *("adaptation", name, "sparse", True, seed, str(group), TARGET, kept(twin)),

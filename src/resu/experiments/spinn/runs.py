@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
@@ -14,9 +15,10 @@ from resu.experiments.spinn.fields import FIELDS, Field, read_solution, relative
 from resu.experiments.spinn.fitting import Recipe, fit, physics_rms
 from resu.experiments.spinn.laws import law_for
 from resu.experiments.spinn.neurons import remove_neurons
+from resu.experiments.spinn.origins import rolling_origins
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.recordings import load_recording
-from resu.experiments.spinn.ridge import ridge
+from resu.experiments.spinn.ridge import ridge, ridge_penalty
 from resu.experiments.spinn.sparse import STAGES, TARGET, kept, prune_in_stages, resurrect
 from resu.experiments.spinn.twin import HIDDEN, Twin, dense_network, score
 from resu.pruning.magnitude_pruner import MagnitudePruner
@@ -29,6 +31,7 @@ __all__ = [
     "dense_twin",
     "field_rows",
     "leave_one_out",
+    "origin_rows",
     "quantity_rows",
     "recipe_for",
     "ridge_rows",
@@ -38,7 +41,7 @@ __all__ = [
 RECIPES = {
     "wear": Recipe(steps=60, tune=15, rate=3e-4, tune_rate=1e-4),
     "milling": Recipe(steps=60, tune=15, rate=3e-4, tune_rate=1e-4),
-    "thermal": Recipe(steps=60, tune=20, rate=1e-3, tune_rate=1e-3, penalty=100.0, settle=True),
+    "thermal": Recipe(steps=60, tune=20, rate=1e-3, tune_rate=3e-4, penalty=100.0, settle=True),
 }
 #: Without the law, where that is better with other settings.
 PLAIN = {"thermal": Recipe(steps=60, tune=20, rate=1e-3, tune_rate=1e-3, penalty=1000.0)}
@@ -58,7 +61,7 @@ class Row:
     """One measured number or network.
 
     Attributes:
-        study: ``"twin"``, ``"leave one out"``, ``"strength"``, ``"adaptation"`` or ``"field"``.
+        study: ``"twin"``, ``"origins"``, ``"leave one out"``, ``"strength"``, ``"adaptation"`` or ``"field"``.
         quantity: Recording or equation.
         way: ``"ridge"`` or one of :data:`WAYS`.
         physics: Whether the law was part of the loss.
@@ -159,12 +162,35 @@ def ridge_rows(data: Prepared) -> list[Row]:
     rows = []
     for way in ("ridge", RIDGE_MORE):
         began = time.process_time()
-        predicted, penalty = ridge(data, also_validation=way != "ridge")
+        penalty = ridge_penalty(data)
+        predicted = ridge(data, penalty, also_validation=way != "ridge")
         count = (data.inputs.shape[1] + 1) * data.targets.shape[1]
         test, val = _r2(predicted, data, data.test), _skill(predicted, data)
         told, spent = f"penalty {penalty:g}", time.process_time() - began
         rows.append(Row("twin", data.recording.name, way, False, 0, "", 0.0, count, test, val, told, spent))
     return rows
+
+
+def origin_rows(folder: str | os.PathLike[str], name: str, seed: int) -> list[Row]:
+    """What choices for a split in time go by: ridge and dense networks on its rolling origins (mean R² over them)."""
+    recording, found = load_recording(name, folder), []
+    splits = rolling_origins(recording)
+    known = torch.tensor(recording.targets[recording.rows([*recording.parts[0], *recording.parts[1]])])
+    for way, physics in (("ridge", False), ("dense", False), ("dense", True)):
+        if way == "ridge" and seed:
+            continue
+        began, scores = time.process_time(), []
+        for split in splits:
+            if way == "ridge":
+                predicted = ridge(split, penalty=ridge_penalty(recording.prepare()))
+            else:
+                recipe = recipe_for(name, physics=physics)
+                predicted = dense_twin(split, recipe, seed, physics=physics).predict(split.inputs)
+            scores.append(score(predicted[split.test], split.targets[split.test], known))
+        told = "each " + ", ".join(f"{r2:.3f}" for r2 in scores)
+        spent = time.process_time() - began
+        found.append(Row("origins", name, way, physics, seed, "", 0.0, 0, fmean(scores), float("nan"), told, spent))
+    return found
 
 
 def leave_one_out(folder: str | os.PathLike[str], name: str, group: int, recipe: Recipe) -> list[Row]:
@@ -175,7 +201,7 @@ def leave_one_out(folder: str | os.PathLike[str], name: str, group: int, recipe:
     for way in ("ridge", "dense", "sparse"):
         began = time.process_time()
         if way == "ridge":
-            predicted, parameters = ridge(data)[0], data.inputs.shape[1] + 1
+            predicted, parameters = ridge(data, ridge_penalty(data)), data.inputs.shape[1] + 1
         elif way == "dense":
             dense = dense_twin(data, recipe, 0, physics=True)
             predicted, parameters = dense.predict(data.inputs), kept(dense)

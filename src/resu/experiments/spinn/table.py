@@ -91,55 +91,71 @@ def left_out_table(rows: Sequence[Row], quantity: str, targets: Sequence[float])
     return markdown(["left out", *ways], lines)
 
 
+_ADAPTED = re.compile(
+    r"RMSE (\S+): before (\S+), adapted (\S+) / (\S+), retrained (\S+), over (\d+) rows; "
+    r"multiply-adds (\S+), processor time ([^\s;]+); weight · penalty (.+) / (.+)"
+)
+
+
 def adaptation_table(rows: Sequence[Row], quantity: str) -> str:
-    """Per new tool errors before, adapted and retrained, over all seeds, and the gain recovered; then all together."""
+    """Per new tool errors before, adapted and retrained, over all seeds, and the gain recovered; then all together.
+
+    Two strengths: the best for the other tools by the sum of squared errors, and by their geometric mean.
+    """
     some = [row for row in rows if row.study == "adaptation" and row.quantity == quantity]
-    lines, every, shares = [], [], []
+    lines, every, told = [], [], [_adapted(row) for row in some]
     for group in sorted({row.group for row in some}, key=int):
-        here = [row for row in some if row.group == group]
-        found = [_adapted(row) for row in here]
-        every += found
-        strength = re.search(r"weight (\S+), penalty (\S+)$", here[0].detail)
-        lines.append([*_gains(group, found), " · ".join(strength.groups()) if strength else ""])
-        before, adapted, retrained = _squares(found)
-        if retrained < before:
-            shares.append((before - adapted) / (before - retrained))
-    lines.append([*_gains("**all rows together**", every), ""])
-    ratios = [[_squares([f])[i] / _squares([f])[0] for f in every] for i in (1, 2)]
-    unit = re.search(r"RMSE (\S+):", some[0].detail)
-    assert unit is not None
-    costs = [100 * fmean(found[i] for found in every) for i in (4, 5)]
-    of = f"{len(shares)} of {len(lines) - 1}"
-    middle = f", where the median share recovered is {100 * median(shares):.0f} %" if shares else ""
-    told = (
-        f"Median ratio of the squared error to that before: adapted {median(ratios[0]):.2f}, retrained "
-        f"{median(ratios[1]):.2f}. Retraining gains something on {of}{middle}. Adapting costs {costs[0]:.1f} % of "
-        f"retraining's multiply-adds and {costs[1]:.1f} % of its time."
+        here = [found for found, row in zip(told, some, strict=True) if row.group == group]
+        every.append(_squares(here))
+        lines.append([group, *_gains(every[-1]), *here[0][8:]])
+    total = _squares(told)
+    lines.append(["**all rows together**", *_gains(total), "", ""])
+    middle = [f"{median(squares[i] / squares[0] for squares in every):.2f}" for i in range(4)]
+    lines.append(["median of squared error / before", *middle, "", "", "", ""])
+    gained = sum(squares[3] < squares[0] for squares in every)
+    costs = [f"{100 * fmean(float(found[i]) for found in told):.1f} %" for i in (6, 7)]
+    end = (
+        f"Retraining gains something on {gained} of {len(every)}. Adapting costs {costs[0]} of its multiply-adds and "
+        f"{costs[1]} of its time."
     )
-    head = [f"RMS error, {unit[1]}", "before", "adapted", "retrained", "gain recovered", "weight · penalty"]
-    return markdown(head, lines) + "\n\n" + told
+    kinds = ("sum", "mean of logs")
+    head = [f"RMS error, {told[0][0]}", "before", *(f"adapted, {k}" for k in kinds), "retrained"]
+    head += [*(f"recovered, {k}" for k in kinds), *(f"weight · penalty, {k}" for k in kinds)]
+    return markdown(head, lines) + "\n\n" + end
 
 
-def _adapted(row: Row) -> tuple[float, ...]:
-    """Errors before, adapted, retrained; rows; cost in multiply-adds and in time."""
-    found = re.search(
-        r"before (\S+), adapted (\S+), retrained (\S+), over (\d+) rows; multiply-adds (\S+), processor time ([^\s;]+)",
-        row.detail,
-    )
+def _adapted(row: Row) -> tuple[str, ...]:
+    """Unit; errors before, adapted twice, retrained; rows; cost in multiply-adds and in time; two strengths."""
+    found = _ADAPTED.fullmatch(row.detail)
     assert found is not None, row.detail
-    return tuple(float(number) for number in found.groups())
+    return found.groups()
 
 
-def _squares(found: Sequence[tuple[float, ...]]) -> tuple[float, float, float]:
-    before, adapted, retrained = (fmean((f[i] ** 2 for f in found), [f[3] for f in found]) for i in range(3))
-    return before, adapted, retrained
+def _squares(found: Sequence[tuple[str, ...]]) -> list[float]:
+    """Mean squared errors before, adapted twice, retrained, over all rows."""
+    return [fmean((float(f[i]) ** 2 for f in found), [float(f[5]) for f in found]) for i in range(1, 5)]
 
 
-def _gains(label: str, found: Sequence[tuple[float, ...]]) -> list[str]:
-    before, adapted, retrained = _squares(found)
-    share = f"{100 * (before - adapted) / (before - retrained):.0f} %"
-    told = share if retrained < before else "retraining gains nothing"
-    return [label, *(f"{math.sqrt(square):.3g}" for square in (before, adapted, retrained)), told]
+def _gains(squares: Sequence[float]) -> list[str]:
+    before, *adapted, retrained = squares
+    shares = [
+        f"{100 * (before - square) / (before - retrained):.0f} %" if retrained < before else "no gain to recover"
+        for square in adapted
+    ]
+    return [*(f"{math.sqrt(square):.3g}" for square in squares), *shares]
+
+
+def origins_table(rows: Sequence[Row]) -> str:
+    """Mean R² over rolling origins: what was chosen by it, before anything was held out."""
+    some = [row for row in rows if row.study == "origins"]
+    lines = []
+    for way, physics in dict.fromkeys((row.way, row.physics) for row in some):
+        here = [row for row in some if (row.way, row.physics) == (way, physics)]
+        each = [[float(r2) for r2 in row.detail.removeprefix("each ").split(", ")] for row in here]
+        label = way if way == "ridge" else f"{way}, {'with' if physics else 'without'} physics"
+        blocks = [f"{fmean(column):.3f}" for column in zip(*each, strict=True)]
+        lines.append([label, *blocks, spread([row.test for row in here])])
+    return markdown(["", *(f"after {k}/7" for k in range(3, 7)), "mean"], lines)
 
 
 def field_table(rows: Sequence[Row]) -> str:
@@ -175,6 +191,11 @@ def tables(rows: Sequence[Row], targets: Mapping[str, Sequence[float]]) -> str:
     parts = []
     if any(row.study == "twin" for row in rows):
         parts += ["R² on held-out tools, cases and times, mean ± standard deviation over seeds:", main_table(rows)]
+    if any(row.study == "origins" for row in rows):
+        parts += [
+            "R² of displacement at rolling origins within the training and validation parts, three seeds:",
+            origins_table(rows),
+        ]
     for name, values in targets.items():
         if any(row.study == "leave one out" and row.quantity == name for row in rows):
             parts += [
