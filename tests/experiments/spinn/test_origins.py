@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resu.experiments.spinn import runs
-from resu.experiments.spinn.origins import rolling_origins
+from resu.experiments.spinn.origins import far_origins, rolling_origins
 from resu.experiments.spinn.ridge import PENALTIES, ridge, ridge_penalty, ridge_weights
 from tests.experiments.spinn.test_closed_form import warm
 
@@ -26,6 +26,15 @@ def test_they_are_four_and_stay_before_the_test_part():
         assert len(split.inputs) == len(split.time) == len(split.drive) == split.test[-1] + 1 <= known
         assert np.allclose(split.inputs[split.train].mean(0), 0, atol=1e-6)  # scaled by what is known by then
     assert splits[-1].test[-1] + 1 == known
+
+
+def test_far_ones_leave_a_block_out():
+    recording = warm()
+    known = len(recording.rows([0, 1]))
+    for number, split in enumerate(far_origins(recording)):
+        assert split.train.tolist() == list(range(known * (3 + number) // 7))
+        assert split.test.tolist() == list(range(known * (4 + number) // 7, known))
+        assert len(split.inputs) == known
 
 
 def test_several_series_have_none(recording):
@@ -63,6 +72,6 @@ def test_rows_of_the_origins(monkeypatch):
     assert [(row.way, row.physics) for row in rows] == [("ridge", False), ("dense", False), ("dense", True)]
     assert [(row.way, row.seed) for row in runs.origin_rows("data", "thermal", 1)] == [("dense", 1)] * 2
     for row in rows:
-        each = [float(r2) for r2 in row.detail.removeprefix("each ").split(", ")]
-        assert len(each) == 4
-        assert sum(each) / 4 == pytest.approx(row.test, abs=1e-3)
+        near, far = (part.split(" ", 1)[1].split(", ") for part in row.detail.split("; "))
+        assert (len(near), len(far)) == (4, 3)
+        assert sum(map(float, near)) / 4 == pytest.approx(row.test, abs=1e-3)

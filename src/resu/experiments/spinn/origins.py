@@ -11,7 +11,7 @@ import numpy as np
 
 from resu.experiments.spinn.recording import Prepared, Recording
 
-__all__ = ["rolling_origins"]
+__all__ = ["far_origins", "rolling_origins"]
 
 BLOCKS, FIRST = 7, 3
 
@@ -31,13 +31,27 @@ def rolling_origins(recording: Recording) -> list[Prepared]:
     """
     if len(np.unique(recording.sequence)) > 1:
         return []
+    edges = _edges(recording)
+    return [_cut(recording, edges[k], edges[k], edges[k + 1]) for k in range(FIRST, BLOCKS)]
+
+
+def far_origins(recording: Recording) -> list[Prepared]:
+    """Three splits that look as far ahead as a test part does: a block is left out, all known ones after it are judged.
+
+    Args:
+        recording: As for :func:`rolling_origins`.
+    """
+    edges = _edges(recording)
+    return [_cut(recording, edges[k], edges[k + 1], edges[-1]) for k in range(FIRST, BLOCKS - 1)]
+
+
+def _edges(recording: Recording) -> list[int]:
     known = len(recording.rows([*recording.parts[0], *recording.parts[1]]))
-    edges = [known * k // BLOCKS for k in range(BLOCKS + 1)]
-    return [_cut(recording, edges[k], edges[k + 1]) for k in range(FIRST, BLOCKS)]
+    return [known * k // BLOCKS for k in range(BLOCKS + 1)]
 
 
-def _cut(recording: Recording, start: int, end: int) -> Prepared:
+def _cut(recording: Recording, train: int, start: int, end: int) -> Prepared:
     rows = ("inputs", "targets", "time", "drive", "sequence")
-    group = (np.arange(end) >= start).astype(np.int64)
+    group = np.searchsorted([train, start], np.arange(end), side="right").astype(np.int64)
     cut = {name: getattr(recording, name)[:end] for name in rows}
-    return dataclasses.replace(recording, **cut, group=group, parts=((0,), (), (1,))).prepare()
+    return dataclasses.replace(recording, **cut, group=group, parts=((0,), (), (2,))).prepare()

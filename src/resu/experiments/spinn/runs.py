@@ -15,7 +15,7 @@ from resu.experiments.spinn.fields import FIELDS, Field, read_solution, relative
 from resu.experiments.spinn.fitting import Recipe, fit, physics_rms
 from resu.experiments.spinn.laws import law_for
 from resu.experiments.spinn.neurons import remove_neurons
-from resu.experiments.spinn.origins import rolling_origins
+from resu.experiments.spinn.origins import far_origins, rolling_origins
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.recordings import load_recording
 from resu.experiments.spinn.ridge import ridge, ridge_penalty
@@ -172,24 +172,28 @@ def ridge_rows(data: Prepared) -> list[Row]:
 
 
 def origin_rows(folder: str | os.PathLike[str], name: str, seed: int) -> list[Row]:
-    """What choices for a split in time go by: ridge and dense networks on its rolling origins (mean R² over them)."""
+    """Ridge and dense networks on the rolling origins of a split in time, which choices go by, and on far ones."""
     recording, found = load_recording(name, folder), []
-    splits = rolling_origins(recording)
     known = torch.tensor(recording.targets[recording.rows([*recording.parts[0], *recording.parts[1]])])
+    penalty = ridge_penalty(recording.prepare())
+
+    def judge(split: Prepared, way: str, physics: bool) -> float:
+        if way == "ridge":
+            predicted = ridge(split, penalty)
+        else:
+            twin = dense_twin(split, recipe_for(name, physics=physics), seed, physics=physics)
+            predicted = twin.predict(split.inputs)
+        return score(predicted[split.test], split.targets[split.test], known)
+
     for way, physics in (("ridge", False), ("dense", False), ("dense", True)):
         if way == "ridge" and seed:
             continue
-        began, scores = time.process_time(), []
-        for split in splits:
-            if way == "ridge":
-                predicted = ridge(split, penalty=ridge_penalty(recording.prepare()))
-            else:
-                recipe = recipe_for(name, physics=physics)
-                predicted = dense_twin(split, recipe, seed, physics=physics).predict(split.inputs)
-            scores.append(score(predicted[split.test], split.targets[split.test], known))
-        told = "each " + ", ".join(f"{r2:.3f}" for r2 in scores)
+        began = time.process_time()
+        near = [judge(split, way, physics) for split in rolling_origins(recording)]
+        far = [judge(split, way, physics) for split in far_origins(recording)]
+        told = f"near {', '.join(f'{r2:.3f}' for r2 in near)}; far {', '.join(f'{r2:.3f}' for r2 in far)}"
         spent = time.process_time() - began
-        found.append(Row("origins", name, way, physics, seed, "", 0.0, 0, fmean(scores), float("nan"), told, spent))
+        found.append(Row("origins", name, way, physics, seed, "", 0.0, 0, fmean(near), float("nan"), told, spent))
     return found
 
 

@@ -146,16 +146,24 @@ def _gains(squares: Sequence[float]) -> list[str]:
 
 
 def origins_table(rows: Sequence[Row]) -> str:
-    """Mean R² over rolling origins: what was chosen by it, before anything was held out."""
+    """R² at rolling origins, one block ahead, with the mean that choices went by; and far ahead."""
     some = [row for row in rows if row.study == "origins"]
     lines = []
     for way, physics in dict.fromkeys((row.way, row.physics) for row in some):
         here = [row for row in some if (row.way, row.physics) == (way, physics)]
-        each = [[float(r2) for r2 in row.detail.removeprefix("each ").split(", ")] for row in here]
+        near, far = (
+            [f"{fmean(column):.3f}" for column in zip(*values, strict=True)]
+            for values in zip(*(_near_and_far(row.detail) for row in here), strict=True)
+        )
         label = way if way == "ridge" else f"{way}, {'with' if physics else 'without'} physics"
-        blocks = [f"{fmean(column):.3f}" for column in zip(*each, strict=True)]
-        lines.append([label, *blocks, spread([row.test for row in here])])
-    return markdown(["", *(f"after {k}/7" for k in range(3, 7)), "mean"], lines)
+        lines.append([label, *near, spread([row.test for row in here]), *far])
+    head = ["trained on", *(f"{k}/7" for k in range(3, 7)), "mean", *(f"{k}/7, far" for k in range(3, 6))]
+    return markdown(head, lines)
+
+
+def _near_and_far(detail: str) -> tuple[list[float], list[float]]:
+    near, far = (part.split(" ", 1)[1].split(", ") for part in detail.split("; "))
+    return [float(r2) for r2 in near], [float(r2) for r2 in far]
 
 
 def field_table(rows: Sequence[Row]) -> str:
@@ -193,7 +201,9 @@ def tables(rows: Sequence[Row], targets: Mapping[str, Sequence[float]]) -> str:
         parts += ["R² on held-out tools, cases and times, mean ± standard deviation over seeds:", main_table(rows)]
     if any(row.study == "origins" for row in rows):
         parts += [
-            "R² of displacement at rolling origins within the training and validation parts, three seeds:",
+            "R² of displacement within the training and validation parts, three seeds: at rolling origins, which "
+            "choices went by (the next seventh is judged), and far ones (a seventh is left out, all after it is "
+            "judged):",
             origins_table(rows),
         ]
     for name, values in targets.items():
