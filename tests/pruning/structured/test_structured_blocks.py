@@ -373,6 +373,50 @@ def test_undo_out_of_order_is_refused() -> None:
     assert torch.equal(model.eval()(x), resnet().eval()(x))
 
 
+def held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_the_last_removal_is_undone_first() -> None:
+    model = stack(4)
+    optimizer = torch.optim.Adam(model.parameters())
+    one, two = remove_blocks(model, ["1"], optimizer), remove_blocks(model, ["3"], optimizer)
+    with pytest.raises(RuntimeError, match="undo the later one first"):  # the optimizer would come to lack block 1
+        one.undo()
+    two.undo()
+    one.undo()
+    assert held(optimizer) == {id(p) for p in model.parameters()}
+    channels = StructuredPruner(0.5, torch.zeros(1, 3), include="1.inner.1").prune(model, optimizer)
+    blocks = remove_blocks(model, ["3"], optimizer)
+    with pytest.raises(RuntimeError, match="undo the later one first"):
+        channels.undo()
+    blocks.undo()
+    channels.undo()
+    assert held(optimizer) == {id(p) for p in model.parameters()}
+
+
+def test_undo_is_refused_where_parameters_have_other_names_now() -> None:
+    model = stack(4)
+    removal = remove_blocks(model, ["1"])
+    nn.utils.parametrizations.weight_norm(model[5])
+    with pytest.raises(RuntimeError, match=r"'5.weight' was replaced or taken out"):
+        removal.undo()
+    assert skipped(model) == ["1"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_comes_back_in_the_mode_that_the_model_is_in(training: bool) -> None:
+    model = stack(4).train(not training)
+    removal = remove_blocks(model, ["1"])
+    assert model[1].training is not training
+    model.train(training)
+    removal.undo()
+    assert all(module.training is training for module in model.modules())
+    model[1].inner.train(not training)  # a frozen part stays as it is
+    remove_blocks(model, ["1"]).undo()
+    assert model[1].inner[0].training is not training
+
+
 # -- in steps, on disk
 
 

@@ -178,15 +178,13 @@ def remove_blocks(model: nn.Module, names: Collection[str], optimizer: Optimizer
     done = Removal()
     try:
         for name, module in modules.items():
-            model.set_submodule(name, Skip())
-            done._back.append(lambda name=name, module=module: model.set_submodule(name, module))  # type: ignore[misc]
+            done._back.append(_exchange(model, name, module))
         if optimizer is not None:
             _forget(optimizer, gone, done._back)
     except BaseException:
         done.undo()
         raise
-    # Whoever changes one of these afterwards has to be undone first.
-    done._placed += [(slot, slot.tensor) for slot in slots(model).values() if isinstance(slot.tensor, nn.Parameter)]
+    done.close(model)
     return done
 
 
@@ -268,6 +266,19 @@ def _not_alone(model: nn.Module, name: str) -> str | None:
             "generation would go wrong without it; shrink_transformer(model, depth=...) moves the others up"
         )
     return None
+
+
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
+    """Put a :class:`Skip` in the place of a module; what is returned puts the module back."""
+    skip, training = Skip().train(module.training), module.training
+    model.set_submodule(name, skip)
+
+    def back() -> None:
+        if skip.training != training:  # train() and eval() did not reach the module meanwhile
+            module.train(skip.training)
+        model.set_submodule(name, module)
+
+    return back
 
 
 def _forget(optimizer: Optimizer, gone: Collection[int], back: list[Callable[[], None]]) -> None:

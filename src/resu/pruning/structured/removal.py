@@ -33,13 +33,14 @@ class Removal:
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     _back: list[Callable[[], None]] = field(default_factory=list, repr=False)
-    _placed: list[tuple[Slot, nn.Parameter]] = field(default_factory=list, repr=False)
+    _model: nn.Module | None = field(default=None, repr=False)
+    _placed: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
     def undo(self) -> None:
         """Put back the very objects that were there: tensors, attributes, optimizer state. Once only.
 
         Raises:
-            RuntimeError: If something else took the place of a parameter since; nothing has changed then.
+            RuntimeError: If something else took the place of a parameter since, or it went; nothing has changed then.
 
         Example:
             >>> model = nn.Linear(4, 3)
@@ -48,19 +49,28 @@ class Removal:
             >>> model.weight is weight, model.out_features
             (True, 3)
         """
-        for slot, parameter in self._placed:
-            if slot.tensor is not parameter:
+        now = {} if self._model is None else slots(self._model)
+        for name, parameter in self._placed.items():
+            if name not in now or now[name].tensor is not parameter:
                 raise RuntimeError(
-                    f"{slot.name!r} was replaced since this removal, as a later one does; undo the later one first"
+                    f"{name!r} was replaced or taken out since this removal, as a later one does; undo the later one "
+                    "first"
                 )
-        self._placed.clear()
-        while self._back:
-            self._back.pop()()
+        back = self._back[::-1]
+        self.forget()
+        for step in back:
+            step()
 
     def forget(self) -> None:
         """Let go of what was there before; there is no way back then."""
         self._back.clear()
         self._placed.clear()
+        self._model = None
+
+    def close(self, model: nn.Module) -> None:
+        """Note the parameters that the model has now: whoever changes one afterwards has to be undone first."""
+        self._model = model
+        self._placed = {n: slot.tensor for n, slot in slots(model).items() if isinstance(slot.tensor, nn.Parameter)}
 
 
 @torch.no_grad()
@@ -136,8 +146,7 @@ def shrink_tensors(
     except BaseException:
         done.undo()
         raise
-    for key, (_, where, _) in by_tensor.items():
-        done._placed += [(slot, p) for slot in where if isinstance(p := new[key], nn.Parameter)]
+    done.close(model)
     return done
 
 
