@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def rows_of(
     return rows
 
 
-def minilm(data: Path, steps: int) -> list[Row]:
+def minilm(data: Path, steps: int, texts: int = 256) -> list[Row]:
     """The sentence encoder."""
     directory = minilm_directory()
     if directory is None:
@@ -112,7 +113,7 @@ def minilm(data: Path, steps: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "sst2.txt"
         text.write_text("\n".join(train) + "\n", encoding="utf-8")
-        batches = calibration_batches(tokenizer, text, 256, 64, 0, lines=True, batch_size=32)
+        batches = calibration_batches(tokenizer, text, texts, 64, 0, lines=True, batch_size=32)
         lessons = calibration_batches(tokenizer, text, 4096, 64, 1, lines=True, batch_size=32)
 
     def judge(one: Any) -> float:
@@ -200,10 +201,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("RESU_DATA") or "../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shrink_transformers.csv"))
     parser.add_argument("--steps", type=int, default=128, help="of recovery")
+    parser.add_argument("--texts", type=int, default=256, help="sentences that the encoder is calibrated on")
     parser.add_argument("--models", nargs="*", choices=["stories", "minilm"], default=["stories", "minilm"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    makers = {"stories": stories, "minilm": minilm}
+    makers = {"stories": stories, "minilm": partial(minilm, texts=options.texts)}
     rows = [row for name in options.models for row in makers[name](options.data, options.steps)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "w", newline="") as file:
