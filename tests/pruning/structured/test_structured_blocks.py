@@ -191,7 +191,7 @@ def test_aliases_that_are_written_to_are_noticed() -> None:
 
     found = find_blocks(InPlace(), torch.zeros(1, 3))
     assert found.names == ()
-    assert "differ" in found.refused["block"]
+    assert "it writes into its input in place" in found.refused["block"]
 
 
 def test_blocks_that_work_in_place_are_found() -> None:
@@ -238,6 +238,164 @@ def test_looking_changes_nothing() -> None:
     assert all(p.grad is grads[name] for name, p in model.named_parameters())
     assert all(module.training for module in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Pre(Residual):
+    """Something on the way in, shortcut and all."""
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return super().forward(self.after(x), scale=scale)
+
+
+class Token(nn.Module):
+    """What comes after the block writes in place: without the block, into a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.block = nn.Parameter(torch.randn(1, 3)), Residual(perceptron(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + torch.relu_(self.block(self.token))
+        return out
+
+
+class Casts(Residual):
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return super().forward(x.to(self.inner[1].weight.dtype), scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: nn.Sequential(Residual(perceptron(3)), nn.ReLU(inplace=True), nn.Linear(3, 2)), "into its input in"),
+        (Token, "it writes into 'token' in place"),
+        (lambda: nn.Sequential(nn.Linear(3, 6), Pre(perceptron(), nn.Dropout(0.1))), "in training it does not give"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 6), nn.Sigmoid(), Residual(perceptron()), nn.ReLU(inplace=True)),
+            "could not be trained without it",
+        ),
+        (lambda: nn.Sequential(Casts(perceptron(3)), nn.Linear(3, 2)).bfloat16(), "turns torch.float32 on cpu into"),
+    ],
+)
+def test_what_would_be_wrong_only_later_is_refused(make: Callable[[], nn.Module], why: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    found = find_blocks(make(), x)
+    assert found.names == ()
+    assert why in next(iter(found.refused.values()))
+
+
+def test_a_clamp_after_the_sum_is_noticed_on_large_inputs() -> None:
+    def model(after: nn.Module) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 6), Residual(perceptron(), after))
+
+    assert find_blocks(model(nn.Hardtanh(-100, 100)), torch.zeros(4, 3)).names == ()
+    assert find_blocks(nn.Sequential(nn.Linear(3, 6), nn.ReLU6(), *model(nn.ReLU6())[1:]), torch.ones(4, 3)).names
+
+
+def test_hooks_that_would_not_be_called_are_said() -> None:
+    model, seen = stack(3), []
+    handle = model[2].inner[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    found = find_blocks(model, torch.zeros(1, 3))
+    assert found.names == ("1", "3")
+    assert "hooks hang on it" in found.refused["2"]
+    handle.remove()
+    assert find_blocks(model, torch.zeros(1, 3)).names == ("1", "2", "3")
+
+
+def test_layers_that_count_themselves_under_another_name_are_refused() -> None:
+    model = stack(4)
+    for place in range(4):
+        model[place + 1].inner[1].number = 7 + place
+        model[place + 1].inner[3].rate = 2**place
+    found = find_blocks(model, torch.zeros(1, 3))
+    assert found.names == ()
+    assert all("it knows its place among the layers (number)" in why for why in found.refused.values())
+    for place in range(4):
+        model[place + 1].inner[1].number = 7
+    assert len(find_blocks(model, torch.zeros(1, 3)).names) == 4
+
+
+def test_a_cache_that_grew_does_not_end_the_search() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attn_implementation="eager",
+    )
+    ids, mask = torch.arange(12).view(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    found = find_blocks(transformers.LlamaForCausalLM(config), {"input_ids": ids, "attention_mask": mask})
+    assert "layer_idx" in found.refused["model.layers.1"]
+
+
+def test_a_block_that_checks_its_weights_ends_no_search() -> None:
+    class Checks(Residual):
+        def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+            if not self.inner[1].weight.any():
+                raise RuntimeError("no weights")
+            return super().forward(x, scale=scale)
+
+    assert find_blocks(nn.Sequential(Checks(perceptron(3)), Residual(perceptron(3))), torch.zeros(1, 3)).names == ("1",)
+
+
+def test_a_block_may_name_its_arguments_as_it_likes() -> None:
+    class Named(Residual):
+        def forward(self, hidden: Tensor, x: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return super().forward(hidden)
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Named(perceptron(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = 2 * self.block(x, x=None)
+            return out
+
+    assert find_blocks(Calls(), torch.zeros(1, 3)).names == ("block",)
+
+
+def test_an_optimizer_forgets_names_too() -> None:
+    model = stack(3)
+    optimizer = torch.optim.Adam(model.named_parameters())
+    before = list(optimizer.param_groups[0]["param_names"])
+    removal = remove_blocks(model, ["2"], optimizer)
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+    removal.undo()
+    assert optimizer.param_groups[0]["param_names"] == before
+
+
+def test_what_surrounds_blocks_that_went_is_no_further_one() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.inner, self.outer = Residual(perceptron()), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.outer(torch.tanh(self.inner(self.block(x))))
+            return out
+
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Linear(3, 6), *(Outer() for _ in range(4)), nn.Linear(6, 2)), torch.randn(4, 3)
+    results = shrink_iteratively(model, BlockPruner(0.5, x, calibration=[x]), [0.25, 0.5])
+    assert len(skipped(model)) == 2
+    assert all(name.endswith(".block") for result in results for name in result.units)
+
+
+def test_wrong_input_is_said() -> None:
+    x = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=r"Sequential does not run on the example inputs \(\(2, 9\)\)"):
+        find_blocks(stack(), torch.zeros(2, 9))
+    with pytest.raises(TypeError, match=r"in a torch.nn.Module, got str"):
+        find_blocks("model", x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"pass \['1'\]"):
+        remove_blocks(stack(), "1")
+    for loss in (None, float("nan")):
+        with pytest.raises(ValueError, match="loss_fn must return one finite number; without block '1'"):
+            BlockPruner(0.5, x, calibration=[x], loss_fn=lambda m, b, loss=loss: loss).prune(stack())
 
 
 # -- what is removed

@@ -128,6 +128,8 @@ class BlockPruner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"a pruner prunes a torch.nn.Module, got {type(model).__name__}")
         names, refused = self._find(model)
+        if original:  # where all inner blocks went, the one around them gives its input back too: it was not counted
+            names = [name for name in names if name in original]
         if not names and not original:
             reasons = "".join(f"; {name}: {why}" for name, why in list(refused.items())[:5])
             raise ValueError(
@@ -172,6 +174,7 @@ class BlockPruner:
             check = compare(masked, double_copy(model), random_like(self.example_inputs, None), self.rtol)
             if not check:
                 raise ValueError(f"the smaller model is not the masked one, so the removal was undone: {check.reason}")
+            smaller = count_parameters(model), count_macs(model, self.example_inputs)
         except BaseException:
             removal.undo()
             raise
@@ -181,8 +184,8 @@ class BlockPruner:
             fixed={},
             reached=reached,
             error=check.error,
-            parameters=(sizes[0], count_parameters(model)),
-            macs=(sizes[1], count_macs(model, self.example_inputs)),
+            parameters=(sizes[0], smaller[0]),
+            macs=(sizes[1], smaller[1]),
             slices={},
             attributes={},
             _removal=removal,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resu.pruning.statistics import run_batch, undisturbed
+from resu.pruning.statistics import run_batch, to_device, undisturbed
 from resu.pruning.structured.blocks import remove_blocks
 
 __all__ = ["block_scores"]
@@ -43,7 +43,7 @@ def block_scores(
         float64 ``[len(names)]``.
 
     Raises:
-        ValueError: Without batches.
+        ValueError: Without batches, or if a loss is not one finite number.
     """
     batches = list(batches)
     if not batches:
@@ -60,9 +60,13 @@ def _losses(
         for index, name in enumerate(names):
             removal = remove_blocks(model, [name])
             try:
-                scores[index] = sum(float(loss_fn(model, batch)) for batch in batches) / len(batches)
+                losses = [loss_fn(model, batch) for batch in batches]
             finally:
                 removal.undo()
+            for loss in losses:
+                if not isinstance(loss, (Tensor, float)) or not bool(torch.isfinite(torch.as_tensor(loss)).all()):
+                    raise ValueError(f"loss_fn must return one finite number; without block {name!r} it gave {loss!r}")
+            scores[index] = sum(map(float, losses)) / len(losses)
     return scores
 
 
@@ -82,6 +86,7 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
 def _influences(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> Tensor:
     sums, counts = torch.zeros(2, len(names), dtype=torch.float64)
     before: dict[int, Tensor] = {}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     hooks = []
 
     def keep(index: int) -> Callable[..., None]:
@@ -103,7 +108,7 @@ def _influences(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) 
         hooks += [block.register_forward_pre_hook(keep(index)), block.register_forward_hook(add(index))]
     try:
         for batch in batches:
-            run_batch(model, batch)
+            run_batch(model, to_device(batch, device))
     finally:
         for handle in hooks:
             handle.remove()

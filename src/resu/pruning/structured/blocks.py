@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from resu.core.globs import glob_list, glob_matches, listing
 from resu.pruning.structured.attributes import is_direction
+from resu.pruning.structured.block_trials import calls_of, changed_kinds, hindrance, passes_on, untrainable
 from resu.pruning.structured.removal import Removal
 from resu.pruning.structured.slots import slots
-from resu.pruning.structured.verify import Check, call, double_copy, in_float64, random_like, verify_smaller
+from resu.pruning.structured.verify import Check, double_copy, random_like, verify_smaller
 
 __all__ = ["Blocks", "Skip", "find_blocks", "remove_blocks", "skipped", "zero_blocks"]
 
@@ -32,7 +33,7 @@ class Skip(nn.Module):
         tensor([1., 1.])
     """
 
-    def forward(self, x: Any, *args: object, **kwargs: object) -> Any:
+    def forward(self, x: Any, /, *args: object, **kwargs: object) -> Any:
         return x
 
 
@@ -74,8 +75,8 @@ def find_blocks(
         seed: Of the random inputs and the noise.
 
     Raises:
-        TypeError: If the model cannot be copied, or returns no tensor.
-        ValueError: If a glob of ``include`` matches no module.
+        TypeError: If it is no module, cannot be copied, or returns no tensor.
+        ValueError: If a glob of ``include`` matches no module, or the model does not run on the inputs.
 
     Example:
         >>> class Residual(nn.Module):
@@ -88,30 +89,37 @@ def find_blocks(
         >>> find_blocks(nn.Sequential(nn.Linear(3, 4), Residual(), Residual()), torch.zeros(1, 3)).names
         ('1', '2')
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"blocks are found in a torch.nn.Module, got {type(model).__name__}")
     wanted, unwanted = glob_list(include), glob_list(exclude) or []
     names = [name for name, _ in model.named_modules() if name]
     for glob in wanted or ():
         if not any(_named(name, [glob]) for name in names):
             raise ValueError(f"include {glob!r} matches no module; there are {listing(names)}")
     whole = double_copy(model)
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for name, calls in _calls(whole, random_like(example_inputs, generator)).items():
-        if (
-            (wanted is None or _named(name, wanted))
-            and not _named(name, unwanted)
-            and _passes_on(whole, name, calls, rtol)
-        ):
+    inputs = random_like(example_inputs, torch.Generator().manual_seed(seed))
+    # First, since it says so where the model does not run at all.
+    changed_kinds(model, [], example_inputs)
+    found, refused = [], {}
+    for name, calls in calls_of(whole, inputs).items():
+        if (wanted is not None and not _named(name, wanted)) or _named(name, unwanted):
+            continue
+        zeroed = copy.deepcopy(whole.get_submodule(name))
+        zero_blocks(zeroed, [""])
+        if passes_on(zeroed, calls, rtol):
             found.append(name)
+            if not passes_on(zeroed.train(), calls, rtol):
+                refused[name] = "in training it does not give its input back, as with a dropout on its shortcut"
     inner = [name for name in found if not any(_inside(other, name) for other in found)]
-    refused: dict[str, str] = {}
-    for name in list(inner):
-        if reason := _not_alone(model, name):
+    refused = {name: why for name, why in refused.items() if name in inner}
+    kinds = changed_kinds(model, inner, example_inputs)
+    for name in inner:
+        if name not in refused and (reason := hindrance(model, name) or kinds.get(name)):
             refused[name] = reason
-            inner.remove(name)
+    inner = [name for name in inner if name not in refused]
 
     def check(names: Sequence[str]) -> Check:
-        return verify_smaller(
+        outcome = verify_smaller(
             model,
             lambda masked: zero_blocks(masked, names),
             lambda small: remove_blocks(small, names),
@@ -119,6 +127,12 @@ def find_blocks(
             rtol=rtol,
             seed=seed,
         )
+        if not outcome:
+            return outcome
+        small = copy.deepcopy(whole)
+        remove_blocks(small, names)
+        reason = untrainable(copy.deepcopy(whole), small, inputs)
+        return Check(float("inf"), reason) if reason else outcome
 
     if not inner or check(inner):
         return Blocks(tuple(inner), refused)
@@ -163,7 +177,7 @@ def remove_blocks(model: nn.Module, names: Collection[str], optimizer: Optimizer
 
     Raises:
         AttributeError: If the model has no module of a name.
-        TypeError: If the optimizer is an LBFGS with a state, which is one vector for all parameters.
+        TypeError: If the optimizer is an LBFGS with a state, which is one vector for all parameters; or names is one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -171,6 +185,8 @@ def remove_blocks(model: nn.Module, names: Collection[str], optimizer: Optimizer
         >>> model[1], removal.undo(), model[1]
         (Skip(), None, Linear(in_features=2, out_features=2, bias=True))
     """
+    if isinstance(names, str):
+        raise TypeError(f"names is a list of module names, got {names!r} alone; pass [{names!r}]")
     modules = {name: model.get_submodule(name) for name in names}
     gone = {id(p) for module in modules.values() for p in module.parameters()}
     if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
@@ -193,79 +209,12 @@ def skipped(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Skip)]
 
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _calls(model: nn.Module, inputs: Any) -> dict[str, list[_Call]]:
-    """How each module with parameters was called, where all its calls give a tensor of the first argument's shape."""
-    found: dict[str, list[_Call]] = {}
-    odd: set[str] = set()
-    hooks = []
-
-    def recorder(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.setdefault(name, []).append((copy.deepcopy(args), kwargs))  # before it can work in place
-
-        return hook
-
-    def judge(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            kept = found[name][-1][0]
-            if not (
-                kept and isinstance(kept[0], Tensor) and isinstance(output, Tensor) and kept[0].shape == output.shape
-            ):
-                odd.add(name)
-                found[name].clear()
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name and any(True for _ in module.parameters()):
-            hooks.append(module.register_forward_pre_hook(recorder(name), with_kwargs=True))
-            hooks.append(module.register_forward_hook(judge(name), with_kwargs=True))
-    try:
-        with in_float64():
-            call(model, inputs)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return {name: calls for name, calls in found.items() if name not in odd}
-
-
-def _passes_on(model: nn.Module, name: str, calls: Sequence[_Call], rtol: float) -> bool:
-    zeroed = copy.deepcopy(model.get_submodule(name))
-    zero_blocks(zeroed, [""])
-    for args, kwargs in calls:
-        wanted = args[0].clone()
-        with in_float64():
-            got = zeroed(*args, **kwargs)
-        off = (got - wanted).abs().max() if wanted.numel() else torch.zeros(())
-        if not bool(off <= rtol * wanted.abs().max()):
-            return False
-    return True
-
-
 def _named(name: str, globs: Collection[str]) -> bool:
     return any(glob_matches(glob, f"{name}.weight") for glob in globs)
 
 
 def _inside(name: str, outer: str) -> bool:
     return name.startswith(f"{outer}.")
-
-
-def _not_alone(model: nn.Module, name: str) -> str | None:
-    """Why a block cannot go though it gives its input back; None where nothing is known."""
-    block = model.get_submodule(name)
-    mine = {id(p) for p in block.parameters()}
-    for other, slot in slots(model).items():
-        if id(slot.tensor) in mine and not _inside(other, name):
-            return f"its parameters are also used outside of it, as {other!r}"
-    if any(isinstance(getattr(module, "layer_idx", None), int) for module in block.modules()):
-        return (
-            "it knows its place among the layers (layer_idx), by which a cache of keys and values counts, so that "
-            "generation would go wrong without it; shrink_transformer(model, depth=...) moves the others up"
-        )
-    return None
 
 
 def _exchange(model: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
@@ -284,8 +233,12 @@ def _exchange(model: nn.Module, name: str, module: nn.Module) -> Callable[[], No
 def _forget(optimizer: Optimizer, gone: Collection[int], back: list[Callable[[], None]]) -> None:
     for group in optimizer.param_groups:
         before = list(group["params"])
-        group["params"][:] = [p for p in before if id(p) not in gone]  # the same list: others may hold it
-        back.append(lambda group=group, before=before: group["params"].__setitem__(slice(None), before))  # type: ignore[misc]
+        stay = [id(p) not in gone for p in before]
+        for key in ("params", "param_names"):  # the latter where the optimizer was given named_parameters()
+            if key in group:
+                held = group[key]
+                back.append(lambda held=held, whole=list(held): held.__setitem__(slice(None), whole))  # type: ignore[misc]
+                held[:] = [entry for entry, stays in zip(held, stay, strict=True) if stays]  # others may hold the list
     for parameter in [p for p in optimizer.state if id(p) in gone]:
         state = optimizer.state.pop(parameter)
         back.append(lambda p=parameter, state=state: optimizer.state.__setitem__(p, state))  # type: ignore[misc]

@@ -26,7 +26,7 @@ from resu.pruning.structured.units import Units
 from resu.pruning.structured.verify import call, plain_forward
 from resu.pruning.trees import leaves
 
-__all__ = ["Count", "Size", "Trace", "trace"]
+__all__ = ["Count", "Size", "Trace", "check_runs", "trace"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             with plain_forward(), eager(model), watcher.modules(), watcher:
                 out = call(model, example_inputs)
         except Exception:
-            _check_runs(model, example_inputs)
+            check_runs(model, example_inputs)
             raise
     finally:
         for module, training in modes.items():
@@ -132,7 +132,7 @@ def _check_model(model: nn.Module) -> None:
             raise TypeError(f"{name!r} is on the meta device, without values; load the model first")
 
 
-def _check_runs(model: nn.Module, inputs: Any) -> None:
+def check_runs(model: nn.Module, inputs: Any) -> None:
     """Say so where a model does not run on its inputs, watched or not."""
     try:
         with plain_forward(), eager(model):

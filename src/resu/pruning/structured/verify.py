@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resu.pruning.statistics import eager
 from resu.pruning.structured.removal import Slices, mask_tensors, shrink_tensors
+from resu.pruning.structured.slots import slots
 from resu.pruning.trees import leaves, map_leaves
 
 __all__ = [
@@ -160,18 +161,24 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
     Raises:
         TypeError: If there is no tensor among the outputs, or the reference does not run.
     """
+    own, other = _cloned(inputs), _cloned(inputs)
+    before = _versions(reference, own), _versions(shrunk, other)
     with in_float64(), eager(reference), eager(shrunk):
         try:
-            wanted = _outputs(call(reference, inputs))
+            wanted = _outputs(call(reference, own))
         except Exception as error:
             raise TypeError(
                 f"{type(reference).__name__} does not run in float64, so nothing can be verified: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
         try:
-            got = _outputs(call(shrunk, inputs))
+            got = _outputs(call(shrunk, other))
         except Exception as error:  # whatever a model may raise that does not fit together any more
             return Check(float("inf"), f"it does not run: {' '.join(str(error).split())[:200]}")
+    left_alone = before[0].items() & _versions(reference, own).items()
+    for name, version in _versions(shrunk, other).items():
+        if version != before[1][name] and name in dict(left_alone):
+            return Check(float("inf"), f"it writes into {name} in place, which the masked model leaves alone")
     if not wanted:
         raise TypeError(f"{type(reference).__name__} returns no tensor that could be compared")
     if [x.shape for x in wanted] != [x.shape for x in got]:
@@ -291,6 +298,17 @@ def differentiable_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Outputs of a model in float64, with gradients where it lets them through."""
     with in_float64(), torch.enable_grad(), eager(model):
         return [out for out in _outputs(call(model, inputs)) if out.requires_grad]
+
+
+def _cloned(inputs: Any) -> Any:
+    return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def _versions(model: nn.Module, inputs: Any) -> dict[str, int]:
+    """How often each parameter, buffer and input was written to, by its name in a message."""
+    found = {repr(name): slot.tensor for name, slot in slots(model).items()}
+    found |= {f"its input {path}" if path else "its input": leaf for path, leaf in leaves(inputs)}
+    return {n: x._version for n, x in found.items() if isinstance(x, Tensor) and not x.is_inference()}
 
 
 def _outputs(out: Any) -> list[Tensor]:
