@@ -10,7 +10,8 @@ pytest.importorskip("transformers")
 from resu.integrations.shrink import sequential
 from resu.integrations.shrink.exactness import random_batch
 from resu.integrations.shrink.families import sites_of
-from resu.integrations.shrink.sequential import _Sums, fit_in_sequence
+from resu.integrations.shrink.ridge import Sums
+from resu.integrations.shrink.sequential import fit_in_sequence
 from resu.integrations.shrink.transform import shrink_transformer
 from tests.integrations.shrink_models import make
 
@@ -36,9 +37,9 @@ def test_a_fit_is_ridge_around_the_weights_that_are_there(centred):
     a = torch.randn(50, 6, generator=generator) + 1
     t = torch.randn(50, 3, generator=generator) - 2
     weight = torch.randn(3, 6, generator=generator).double()
-    sums = _Sums()
+    sums = Sums()
     sums.add(a[:20], t[:20])
-    other = _Sums()
+    other = Sums()
     other.add(a[20:], t[20:])
     both = sums + other
     fitted, bias = both.fit(weight, 0.3, centred)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from resu.core.layers import is_conv1d_of_transformers
 from resu.integrations.shrink.activity import run_batches
-from resu.integrations.shrink.families import Site, sites_of
+from resu.integrations.shrink.families import sites_of
+from resu.integrations.shrink.ridge import Sums
 from resu.integrations.shrink.weights import weight_of
 
 __all__ = ["fitted_weights", "put_weights"]
@@ -43,84 +44,59 @@ def fitted_weights(
     """
     base = model.base_model
     sites = [site for site in sites_of(model) if site.name in units and len(units[site.name]) < site.count]
+    stay = {site.outer: site.columns.of(units[site.name]) for site in sites}
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for part in _parts(sites):
-        moments = _Moments(base, part)
+    for part in _parts({name: base.get_submodule(name) for name in stay}, stay):
+        watched = _Watched(part, stay)
         try:
             with torch.no_grad():
-                run_batches(model, batches, moments.begin, progress)
+                run_batches(model, batches, watched.begin, progress)
         finally:
-            moments.remove()
-        for site in part:
-            stay = site.columns.of(units[site.name])
-            found[site.outer] = _fit(base.get_submodule(site.outer), stay, *moments.of(site))
+            watched.remove()
+        for name, layer in part.items():
+            kept, centred = stay[name].to(weight_of(layer).device), getattr(layer, "bias", None) is not None
+            weight, bias = watched.sums.pop(name).fit(weight_of(layer).double()[:, kept], _DAMPING, centred)
+            found[name] = weight, bias if centred else None
     return found
 
 
-def _parts(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Sites whose second moments fit into memory together."""
-    part: list[Site] = []
+def _parts(layers: Mapping[str, nn.Module], stay: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Module]]:
+    """Layers whose sums fit into memory together."""
+    part: dict[str, nn.Module] = {}
     size = 0
-    for site in sites:
-        own = (site.count * site.columns.size) ** 2
+    for name, layer in layers.items():
+        own = len(stay[name]) * (len(stay[name]) + len(weight_of(layer)))
         if part and size + own > _HELD:
             yield part
-            part, size = [], 0
-        part.append(site)
+            part, size = {}, 0
+        part[name] = layer
         size += own
     if part:
         yield part
 
 
-class _Moments:
-    """Sums of the inputs of layers and of their products, over tokens that are not padding."""
+class _Watched:
+    """Sums of the columns of layers' inputs that stay, and of their outputs, over tokens that are not padding."""
 
-    def __init__(self, base: nn.Module, sites: Sequence[Site]) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
-        self._tokens, self._real = 0, torch.empty(0)
-        self._hooks = [base.get_submodule(s.outer).register_forward_pre_hook(self._hook(s)) for s in sites]
+    def __init__(self, layers: Mapping[str, nn.Module], stay: Mapping[str, Tensor]) -> None:
+        self.sums = {name: Sums() for name in layers}
+        self._real = torch.empty(0)
+        self._hooks = [layer.register_forward_hook(self._hook(name, stay[name])) for name, layer in layers.items()]
 
     def begin(self, batch: Batch) -> None:
         self._real = batch["attention_mask"].bool()
-        self._tokens += int(self._real.sum())
 
-    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            values = inputs[0].detach()[self._real].float()
-            n = values.shape[-1]
-            if site.outer not in self._sums:
-                self._sums[site.outer] = (
-                    torch.zeros(n, dtype=torch.float64, device=values.device),
-                    torch.zeros(n, n, dtype=torch.float64, device=values.device),
-                )
-            first, second = self._sums[site.outer]
-            first += values.sum(dim=0)
-            second += values.T @ values
+    def _hook(self, name: str, stay: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            real = self._real.to(output.device)
+            values = inputs[0].detach()[real].index_select(-1, stay.to(output.device))
+            self.sums[name].add(values.float(), output.detach()[real].float())
 
         return add
-
-    def of(self, site: Site) -> tuple[Tensor, Tensor]:
-        first, second = self._sums.pop(site.outer)
-        return first / max(self._tokens, 1), second / max(self._tokens, 1)
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-def _fit(layer: nn.Module, stay: Tensor, mean: Tensor, second: Tensor) -> tuple[Tensor, Tensor | None]:
-    weight, bias = weight_of(layer).double(), getattr(layer, "bias", None)
-    stay = stay.to(weight.device)
-    moment = second if bias is None else second - torch.outer(mean, mean)
-    inner = moment[stay][:, stay]
-    damping = _DAMPING * float(inner.diagonal().mean().clamp(min=1e-30))
-    inner.diagonal().add_(damping)
-    # (W C + λ W) in place of W C: what cannot be told from data stays as it is.
-    wanted = weight @ moment[:, stay] + damping * weight[:, stay]
-    fitted = torch.linalg.solve(inner, wanted.T).T
-    if bias is None:
-        return fitted, None
-    return fitted, bias.detach().double() + weight @ mean - fitted @ mean[stay]
 
 
 def put_weights(model: Any, fitted: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from resu.integrations.shrink.activity import evaluating
 from resu.integrations.shrink.families import Site, sites_of
 from resu.integrations.shrink.refit import put_weights
+from resu.integrations.shrink.ridge import Sums
 from resu.integrations.shrink.weights import weight_of
 
 __all__ = ["check_batches", "fit_in_sequence"]
@@ -58,7 +58,7 @@ def fit_in_sequence(
     with torch.no_grad(), evaluating(model), evaluating(dense):
         for done, site in enumerate(small):
             pair = by_place[stay[site.block], site.kind]
-            fitting, judging = _Sums(), _Sums()
+            fitting, judging = Sums(), Sums()
             for batch, judge in zip(batches, judges, strict=True):
                 inputs, wanted = _seen(model, site, dense, pair, batch)
                 real = batch["attention_mask"].bool()
@@ -135,52 +135,7 @@ def _pass(model: Any, site: Site, batch: Batch, *, outputs: bool) -> tuple[Tenso
     return found["layer"], found.get("stream")
 
 
-@dataclass
-class _Sums:
-    """Sums over tokens of inputs, targets and their products, in float64."""
-
-    tokens: int = 0
-    a: Any = 0.0
-    t: Any = 0.0
-    aa: Any = 0.0
-    ta: Any = 0.0
-    tt: float = 0.0
-
-    def add(self, a: Tensor, t: Tensor) -> None:
-        self.tokens += len(a)
-        self.a, self.t = self.a + a.sum(0, dtype=torch.float64), self.t + t.sum(0, dtype=torch.float64)
-        self.aa, self.ta = self.aa + (a.T @ a).double(), self.ta + (t.T @ a).double()
-        self.tt += float(t.double().square().sum())
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(
-            self.tokens + other.tokens,
-            self.a + other.a,
-            self.t + other.t,
-            self.aa + other.aa,
-            self.ta + other.ta,
-            self.tt + other.tt,
-        )
-
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """The mean over tokens of ``‖t − W a − b‖²``."""
-        off = self.tt - 2 * (bias @ self.t) + self.tokens * (bias @ bias)
-        cross = self.ta - torch.outer(bias, self.a)
-        return float(off - 2 * (weight * cross).sum() + (weight @ self.aa * weight).sum()) / max(self.tokens, 1)
-
-    def fit(self, weight: Tensor, penalty: float, centred: bool) -> tuple[Tensor, Tensor]:
-        """Ridge around ``weight``; a bias takes up the means if ``centred``."""
-        n = max(self.tokens, 1)
-        aa, ta, a, t = self.aa / n, self.ta / n, self.a / n, self.t / n
-        if centred:
-            aa, ta = aa - torch.outer(a, a), ta - torch.outer(t, a)
-        damping = penalty * float(aa.diagonal().mean().clamp(min=1e-30))
-        inner = aa + damping * torch.eye(len(aa), dtype=aa.dtype, device=aa.device)
-        fitted = torch.linalg.solve(inner, (ta + damping * weight).T).T
-        return fitted, t - fitted @ a if centred else torch.zeros_like(t)
-
-
-def _fitted(layer: nn.Module, fitting: _Sums, judging: _Sums) -> tuple[Tensor, Tensor | None] | None:
+def _fitted(layer: nn.Module, fitting: Sums, judging: Sums) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of least error; None: those that are there."""
     weight, bias = weight_of(layer).double(), getattr(layer, "bias", None)
     centred = bias is not None
