@@ -36,9 +36,10 @@ def fit_in_sequence(
     both: ``W'`` minimises ``E‖(y + x − x̃) − W'ã‖² + λ‖W' − W‖²``, with a bias where the layer has one. So it makes up
     for what the layers before it changed, blocks that were taken out among them; targets are not those of the layer
     alone, as in ThiNet (Luo et al. 2017, arXiv 1707.06342, eq. 6), and inputs are those that the layer will have, as in
-    layer-wise reconstruction since Channel Pruning (He et al. 2017, arXiv 1707.06168, sec. 3.2). ``λ`` is the one whose
-    fit on three of four texts errs least on the fourth ones; where every fit errs more than the weights that are there,
-    these stay. Each layer takes a pass of both models up to that layer.
+    layer-wise reconstruction since Channel Pruning (He et al. 2017, arXiv 1707.06168, sec. 3.2). Where a norm stands
+    between the layer and the sum (Gemma 2) the target is ``y``. ``λ`` is the one whose fit on three of four texts errs
+    least on the fourth ones; where every fit errs more than the weights that are there, these stay. Each layer takes a
+    pass of both models up to that layer.
 
     Args:
         model: The smaller model, changed in place.
