@@ -12,6 +12,7 @@ from resu.core.counting import check_sparsity, keep_count, top_k_mask
 from resu.core.globs import glob_list
 from resu.pruning.structured.block_scores import block_scores
 from resu.pruning.structured.blocks import find_blocks, remove_blocks, zero_blocks
+from resu.pruning.structured.removal import check_undivided
 from resu.pruning.structured.result import StructuredResult
 from resu.pruning.structured.sizes import count_macs, count_parameters
 from resu.pruning.structured.target import TARGETS, Reached, meet_target
@@ -127,6 +128,7 @@ class BlockPruner:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"a pruner prunes a torch.nn.Module, got {type(model).__name__}")
+        check_undivided(model)
         names, refused = self._find(model)
         if original:  # where all inner blocks went, the one around them gives its input back too: it was not counted
             names = [name for name in names if name in original]

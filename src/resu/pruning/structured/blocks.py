@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from resu.core.globs import glob_list, glob_matches, listing
 from resu.pruning.structured.attributes import is_direction
 from resu.pruning.structured.block_trials import calls_of, changed_kinds, hindrance, passes_on, untrainable
-from resu.pruning.structured.removal import Removal
+from resu.pruning.structured.removal import Removal, check_undivided
 from resu.pruning.structured.slots import slots
 from resu.pruning.structured.verify import Check, double_copy, random_like, verify_smaller
 
@@ -187,6 +187,7 @@ def remove_blocks(model: nn.Module, names: Collection[str], optimizer: Optimizer
     """
     if isinstance(names, str):
         raise TypeError(f"names is a list of module names, got {names!r} alone; pass [{names!r}]")
+    check_undivided(model)
     modules = {name: model.get_submodule(name) for name in names}
     gone = {id(p) for module in modules.values() for p in module.parameters()}
     if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:

@@ -16,7 +16,7 @@ from resu.pruning.pruner import pruners
 from resu.pruning.structured.choice import group_sparsities, keep_masks
 from resu.pruning.structured.groups import Group, Structure, find_structure
 from resu.pruning.structured.probe import Usable, check_kept, usable_groups
-from resu.pruning.structured.removal import mask_tensors, shrink_tensors
+from resu.pruning.structured.removal import check_undivided, mask_tensors, shrink_tensors
 from resu.pruning.structured.result import StructuredResult
 from resu.pruning.structured.scores import NORMS, unit_scores
 from resu.pruning.structured.sizes import count_macs, count_parameters
@@ -212,6 +212,7 @@ class StructuredPruner:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"a pruner prunes a torch.nn.Module, got {type(model).__name__}")
+        check_undivided(model)
         structure, usable = self.inspect(model)
         if not usable.groups:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(usable.refused.items())[:5])

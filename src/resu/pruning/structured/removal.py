@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resu.core.sharding import is_sharded
 from resu.pruning.structured.attributes import is_direction, recomputed, repaired_attributes, set_attribute
 from resu.pruning.structured.slots import Slot, sliced, slots
 
-__all__ = ["Removal", "Slices", "mask_tensors", "shrink_tensors"]
+__all__ = ["Removal", "Slices", "check_undivided", "mask_tensors", "shrink_tensors"]
 
 Slices = Mapping[str, Mapping[int, Tensor]]
 """``{parameter or buffer name: {dimension: indices kept, ascending}}``."""
@@ -96,8 +97,8 @@ def shrink_tensors(
 
     Raises:
         KeyError: If the model has no tensor of a name.
-        ValueError: If indices are out of range, none is kept, hooks hang on a parameter (masks that are held), or a
-            layer cannot be smaller in that way; nothing has changed then.
+        ValueError: If indices are out of range, none is kept, hooks hang on a parameter (masks that are held), a layer
+            cannot be smaller in that way, or the model is wrapped for several processes; nothing has changed then.
         TypeError: If state of the optimizer cannot be cut; nothing has changed then.
 
     Example:
@@ -107,6 +108,7 @@ def shrink_tensors(
         >>> model[0], model[1].in_features
         (Linear(in_features=4, out_features=2, bias=True), 2)
     """
+    check_undivided(model)
     found = slots(model)
     by_tensor: dict[int, tuple[Tensor, list[Slot], dict[int, Tensor]]] = {}
     for name, dims in slices.items():
@@ -169,6 +171,26 @@ def mask_tensors(model: nn.Module, slices: Slices) -> None:
             gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
             gone[kept.to(tensor.device)] = False
             tensor.index_fill_(dim, gone.nonzero().view(-1), 0)
+
+
+def check_undivided(model: nn.Module) -> None:
+    """Refuse a model that a wrapper knows the parameters of: it would go on with those that it was made with.
+
+    ``DistributedDataParallel`` would no longer average the gradients of what is new, and say nothing.
+
+    Raises:
+        ValueError: If there is such a wrapper, or parameters are divided over processes (FSDP2, tensor parallel).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            inner = f"{name}.module" if name else "model.module"
+            raise ValueError(
+                f"{name or 'the model'} is a DistributedDataParallel, which knows the parameters that it was made with "
+                f"only; make {inner} smaller in every process, with the same seed, and wrap it anew"
+            )
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"{name!r} is divided over processes; make the model smaller first, then divide it")
 
 
 def _checked(name: str, tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
