@@ -13,10 +13,10 @@ from resu.core.globs import glob_list
 from resu.pruning.structured.block_scores import block_scores
 from resu.pruning.structured.blocks import find_blocks, remove_blocks, zero_blocks
 from resu.pruning.structured.removal import check_undivided
+from resu.pruning.structured.removed import remove_verified
 from resu.pruning.structured.result import StructuredResult
-from resu.pruning.structured.sizes import count_macs, count_parameters
 from resu.pruning.structured.target import TARGETS, Reached, meet_target
-from resu.pruning.structured.verify import compare, double_copy, plain_copy, random_like
+from resu.pruning.structured.verify import plain_copy
 
 __all__ = ["BlockPruner"]
 
@@ -168,29 +168,24 @@ class BlockPruner:
                 least="one block left of those that can go",
             )
         gone = gone_of(kept)
-        masked = double_copy(model)
-        zero_blocks(masked, gone)
-        sizes = count_parameters(model), count_macs(model, self.example_inputs)
-        removal = remove_blocks(model, gone, optimizer)
-        try:
-            check = compare(masked, double_copy(model), random_like(self.example_inputs, None), self.rtol)
-            if not check:
-                raise ValueError(f"the smaller model is not the masked one, so the removal was undone: {check.reason}")
-            smaller = count_parameters(model), count_macs(model, self.example_inputs)
-        except BaseException:
-            removal.undo()
-            raise
+        done = remove_verified(
+            model,
+            lambda masked: zero_blocks(masked, gone),
+            lambda whole: remove_blocks(whole, gone, optimizer),
+            self.example_inputs,
+            self.rtol,
+        )
         result = StructuredResult(
             units={name: (1, int(name not in gone)) for name in names},
             refused=refused,
             fixed={},
             reached=reached,
-            error=check.error,
-            parameters=(sizes[0], smaller[0]),
-            macs=(sizes[1], smaller[1]),
+            error=done.error,
+            parameters=done.parameters,
+            macs=done.macs,
             slices={},
             attributes={},
-            _removal=removal,
+            _removal=done.removal,
         )
         self.history.append(result.report())
         return result

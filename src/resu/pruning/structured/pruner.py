@@ -17,12 +17,12 @@ from resu.pruning.structured.choice import group_sparsities, keep_masks
 from resu.pruning.structured.groups import Group, Structure, find_structure
 from resu.pruning.structured.probe import Usable, check_kept, usable_groups
 from resu.pruning.structured.removal import check_undivided, mask_tensors, shrink_tensors
+from resu.pruning.structured.removed import remove_verified
 from resu.pruning.structured.result import StructuredResult
 from resu.pruning.structured.scores import NORMS, unit_scores
-from resu.pruning.structured.sizes import count_macs, count_parameters
 from resu.pruning.structured.slots import slots
 from resu.pruning.structured.target import TARGETS, Reached, meet_target
-from resu.pruning.structured.verify import compare, double_copy, plain_copy, random_like
+from resu.pruning.structured.verify import plain_copy
 
 __all__ = ["StructuredPruner"]
 
@@ -225,28 +225,24 @@ class StructuredPruner:
             raise ValueError(f"the smaller model is not the masked one, so nothing was removed: {check.reason}")
         slices = structure.slices(model, kept)
         attributes = structure.attributes(model, kept, usable.guessed)
-        masked = double_copy(model)
-        mask_tensors(masked, slices)
-        sizes = count_parameters(model), count_macs(model, self.example_inputs)
-        removal = shrink_tensors(model, slices, optimizer, attributes=attributes)
-        try:
-            check = compare(masked, double_copy(model), random_like(self.example_inputs, None), self.rtol)
-            if not check:
-                raise ValueError(f"the smaller model is not the masked one, so the removal was undone: {check.reason}")
-        except BaseException:
-            removal.undo()
-            raise
+        done = remove_verified(
+            model,
+            lambda masked: mask_tensors(masked, slices),
+            lambda whole: shrink_tensors(whole, slices, optimizer, attributes=attributes),
+            self.example_inputs,
+            self.rtol,
+        )
         result = StructuredResult(
             units={name: (len(mask), int(mask.sum())) for name, mask in kept.items()},
             refused=usable.refused,
             fixed=structure.fixed,
             reached=reached,
-            error=check.error,
-            parameters=(sizes[0], count_parameters(model)),
-            macs=(sizes[1], count_macs(model, self.example_inputs)),
+            error=done.error,
+            parameters=done.parameters,
+            macs=done.macs,
             slices=slices,
-            attributes=removal.attributes,
-            _removal=removal,
+            attributes=done.removal.attributes,
+            _removal=done.removal,
         )
         self.history.append(result.report())
         return result

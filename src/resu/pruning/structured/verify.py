@@ -175,9 +175,9 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
             got = _outputs(call(shrunk, other))
         except Exception as error:  # whatever a model may raise that does not fit together any more
             return Check(float("inf"), f"it does not run: {' '.join(str(error).split())[:200]}")
-    left_alone = before[0].items() & _versions(reference, own).items()
+    left_alone = {name for name, version in _versions(reference, own).items() if version == before[0].get(name)}
     for name, version in _versions(shrunk, other).items():
-        if version != before[1][name] and name in dict(left_alone):
+        if version != before[1][name] and name in left_alone:
             return Check(float("inf"), f"it writes into {name} in place, which the masked model leaves alone")
     if not wanted:
         raise TypeError(f"{type(reference).__name__} returns no tensor that could be compared")
