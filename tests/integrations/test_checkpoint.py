@@ -382,9 +382,15 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     large = {f"layers.{i}.weight": torch.randn(1024, 4096) for i in range(6)}  # 96 MiB in tensors of 16
     sharded(tmp_path / "large", large, files=2)
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, str(tmp_path)], timeout=240, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _MEASURED, str(tmp_path)],
+        timeout=240,
+        capture_output=True,
+        text=True,
+        check=True,
+        # Freed buffers go back to the system at once: what glibc keeps of them differs by 30 MiB from run to run.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
     )
-    assert float(done.stdout) < 60, "MiB beyond what the code itself takes, for 96 MiB of weights"
+    assert float(done.stdout) < 30, "MiB beyond what the code itself takes, for 96 MiB of weights"
 
 
 # -- wrong input ----------------------------------------------------------------------------------------
