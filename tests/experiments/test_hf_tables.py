@@ -3,6 +3,7 @@
 import pytest
 
 from resu.experiments.hf_tables import METHODS, Run, Setting, render_pages, table
+from resu.experiments.render import fill
 from resu.experiments.rows import append, read
 
 STORIES = "stories260K"
@@ -66,6 +67,22 @@ def test_a_page_is_filled_in_and_keeps_its_text(tmp_path):
     page.write_text("<!-- results: wanda -->\n")
     with pytest.raises(ValueError, match="without its end"):
         render_pages(RUNS, tmp_path)
+
+
+def test_a_page_may_have_several_tables(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- results: one -->\n<!-- results: end -->\n\n<!-- results: two -->\nold\n<!-- results: end -->\n"
+    )
+    assert fill(page, {"one": "1 \\1"}.get) == ["one"]
+    assert page.read_text() == (
+        "<!-- results: one -->\n1 \\1\n<!-- results: end -->\n\n<!-- results: two -->\nold\n<!-- results: end -->\n"
+    )
+    assert fill(page, {}.get) == []
+    for marks in (["end", "one"], ["one", "two", "end"], ["one", "end", "two"]):
+        page.write_text("\n".join(f"<!-- results: {mark} -->" for mark in marks))
+        with pytest.raises(ValueError, match="without its end"):
+            fill(page, {"one": "1", "two": "2"}.get)
 
 
 def test_rows_come_back_from_the_csv(tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from resu.experiments.render import fill
+
 __all__ = ["LEVELS", "METHODS", "MODELS", "Run", "Setting", "render_pages", "table"]
 
 MODELS = {"stories260K": "perplexity", "all-MiniLM-L6-v2": "cosine"}
@@ -151,19 +153,9 @@ def render_pages(runs: Sequence[Run], folder: str | os.PathLike[str]) -> list[st
     Raises:
         ValueError: If a mark has no end.
     """
-    written = []
-    for page in sorted(Path(folder).glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        begin, end = "<!-- results: ", "<!-- results: end -->"
-        at = text.find(begin)
-        if at < 0:
-            continue
-        first, mark, rest = text[:at], *text[at + len(begin) :].split(" -->", 1)
-        if end not in rest:
-            raise ValueError(f"{page} has a mark for results without its end, {end}")
-        tables = "\n\n".join(
-            table(runs, model, _about(mark)) for model in MODELS if any(r.model == model for r in runs)
-        )
-        page.write_text(f"{first}{begin}{mark} -->\n{tables}\n{rest[rest.index(end) :]}", encoding="utf-8")
-        written.append(page.name)
-    return written
+
+    def tables(name: str) -> str:
+        models = [model for model in MODELS if any(run.model == model for run in runs)]
+        return "\n\n".join(table(runs, model, _about(name)) for model in models)
+
+    return [page.name for page in sorted(Path(folder).glob("*.md")) if fill(page, tables)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -9,7 +11,7 @@ from resu.experiments.leaderboard import Cell, Table, markdown, plot, read_rows,
 from resu.experiments.methods import methods
 from resu.experiments.recipes import Row
 
-__all__ = ["BEGIN", "END", "ORDER", "SPARSE_TRAINING", "around_marks", "render", "summarize", "write_page"]
+__all__ = ["BEGIN", "END", "ORDER", "SPARSE_TRAINING", "around_marks", "fill", "render", "summarize", "write_page"]
 
 SPARSE_TRAINING = (
     *("set", "mest", "mest-soft", "rigl", "srigl", "snfs", "granet", "granet-global", "ac-dc", "ac-dc-global"),
@@ -29,6 +31,9 @@ _PLOTTED = tuple(
     f"{name}{budget}" for name in ("one-shot", "gradual", "straight-through", "resu") for budget in ("", "-global")
 )
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+_RESULTS_END = "<!-- results: end -->"
+_MARK = re.compile(r"<!-- results: (\S+) -->")
+_BETWEEN = re.compile(rf"{_MARK.pattern}\n.*?{_RESULTS_END}", re.DOTALL)
 _TITLES = {
     "mlp": "MLP 784-300-100-10, Fashion-MNIST",
     "conv": "Small conv net, Fashion-MNIST",
@@ -122,6 +127,38 @@ def around_marks(page: Path, title: str = "Which way of pruning is best?") -> tu
     if not begin or not end:
         raise ValueError(f"{page} exists and has no marks {BEGIN} … {END} to write tables between")
     return before, after
+
+
+def fill(page: str | Path, table: Callable[[str], str | None]) -> list[str]:
+    """Replace what stands between ``<!-- results: NAME -->`` and ``<!-- results: end -->``; a page may have several.
+
+    Args:
+        page: A Markdown page; its other text stays.
+        table: ``table(NAME)``: what to write there, or None to leave it as it is.
+
+    Returns:
+        The names that were filled in.
+
+    Raises:
+        ValueError: If a mark has no end.
+    """
+    page, filled = Path(page), []
+    before = page.read_text(encoding="utf-8")
+    marks = _MARK.findall(before)
+    if "end" in marks[::2] or marks[1::2] != ["end"] * (len(marks) // 2) or len(marks) % 2:
+        raise ValueError(f"{page} has a mark for results without its end, {_RESULTS_END}: {', '.join(marks)}")
+
+    def put(mark: re.Match[str]) -> str:
+        found = table(mark[1])
+        if found is None:
+            return mark[0]
+        filled.append(mark[1])
+        return f"<!-- results: {mark[1]} -->\n{found}\n{_RESULTS_END}"
+
+    after = _BETWEEN.sub(put, before)
+    if after != before:
+        write_page(page, after)
+    return filled
 
 
 def write_page(page: Path, text: str) -> None:
