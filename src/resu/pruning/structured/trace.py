@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resu.pruning.statistics import eager
 from resu.pruning.structured import rules_layers, rules_over, rules_views  # noqa: F401  (they register themselves)
 from resu.pruning.structured.flow import Components, Operand, rearrange
+from resu.pruning.structured.outputs import output_tensors
 from resu.pruning.structured.rules import apply_rule
 from resu.pruning.structured.slots import Slot, slots
 from resu.pruning.structured.units import Units
@@ -114,10 +115,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     finally:
         for module, training in modes.items():
             module.training = training
-    for _, leaf in leaves(out):
-        if isinstance(leaf, Tensor):
-            for component in watcher.labels_of(leaf):
-                units.fix(component, "an output of the model")
+    for tensor in output_tensors(out):
+        for component in watcher.labels_of(tensor):
+            units.fix(component, "an output of the model")
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resu.pruning.statistics import eager
+from resu.pruning.structured.outputs import Check, comparable, difference
 from resu.pruning.structured.removal import Slices, mask_tensors, shrink_tensors
 from resu.pruning.structured.slots import slots
 from resu.pruning.trees import leaves, map_leaves
@@ -40,27 +40,6 @@ __all__ = [
 
 _ROUNDS = 3  # of two inputs each: at one input alone, half of the channels may be zero behind a ReLU
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Check:
-    """Whether two models agree.
-
-    Attributes:
-        error: Largest difference over the largest output that differs at all, in float64; infinite where they cannot
-            be compared.
-        reason: What is wrong; empty if nothing is.
-    """
-
-    error: float
-    reason: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return not self.reason
-
-    def __bool__(self) -> bool:
-        return self.ok
 
 
 class _Wide(TorchDispatchMode):
@@ -156,7 +135,7 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
         reference: The model with what is removed zeroed.
         shrunk: The smaller model.
         inputs: In float64.
-        rtol: Largest difference allowed, over the largest magnitude of what differs at all in that output.
+        rtol: As in :func:`resu.pruning.structured.outputs.difference`.
 
     Raises:
         TypeError: If there is no tensor among the outputs, or the reference does not run.
@@ -165,14 +144,14 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
     before = _versions(reference, own), _versions(shrunk, other)
     with in_float64(), eager(reference), eager(shrunk):
         try:
-            wanted = _outputs(call(reference, own))
+            wanted = comparable(call(reference, own))
         except Exception as error:
             raise TypeError(
                 f"{type(reference).__name__} does not run in float64, so nothing can be verified: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
         try:
-            got = _outputs(call(shrunk, other))
+            got = comparable(call(shrunk, other))
         except Exception as error:  # whatever a model may raise that does not fit together any more
             return Check(float("inf"), f"it does not run: {' '.join(str(error).split())[:200]}")
     left_alone = {name for name, version in _versions(reference, own).items() if version == before[0].get(name)}
@@ -181,21 +160,7 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
             return Check(float("inf"), f"it writes into {name} in place, which the masked model leaves alone")
     if not wanted:
         raise TypeError(f"{type(reference).__name__} returns no tensor that could be compared")
-    if [x.shape for x in wanted] != [x.shape for x in got]:
-        return Check(float("inf"), f"its outputs are {_shapes(got)} in place of {_shapes(wanted)}")
-    worst = 0.0
-    for a, b in zip(wanted, got, strict=True):
-        same = a == b  # values that mask (-1e9, -inf) are among these: they say nothing, and would dwarf what does
-        a, b, size = a[~same], b[~same], a[same].abs()
-        if not a.numel():
-            continue
-        if not bool(torch.isfinite(a).all()):
-            return Check(float("inf"), "outputs are NaN or infinite, and cannot be compared")
-        # Rounding beside a zero is measured by the others, but not by those that mask.
-        least = min(1.0, float(size[size > 0].min())) if bool(size.any()) else torch.finfo(torch.float64).tiny
-        off = float((a - b).abs().max() / a.abs().max().clamp_min(least))
-        worst = max(worst, off if off == off else float("inf"))
-    return Check(worst, "" if worst <= rtol else f"its outputs differ by {worst:.1e} of the largest")
+    return difference(wanted, got, rtol)
 
 
 def verify_removal(
@@ -297,7 +262,7 @@ def add_noise(model: nn.Module, generator: torch.Generator, share: float = 0.1) 
 def differentiable_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Outputs of a model in float64, with gradients where it lets them through."""
     with in_float64(), torch.enable_grad(), eager(model):
-        return [out for out in _outputs(call(model, inputs)) if out.requires_grad]
+        return [out for out in comparable(call(model, inputs)) if out.requires_grad]
 
 
 def _cloned(inputs: Any) -> Any:
@@ -309,13 +274,3 @@ def _versions(model: nn.Module, inputs: Any) -> dict[str, int]:
     found = {repr(name): slot.tensor for name, slot in slots(model).items()}
     found |= {f"its input {path}" if path else "its input": leaf for path, leaf in leaves(inputs)}
     return {n: x._version for n, x in found.items() if isinstance(x, Tensor) and not x.is_inference()}
-
-
-def _outputs(out: Any) -> list[Tensor]:
-    return [leaf.double() for _, leaf in leaves(out) if isinstance(leaf, Tensor) and not leaf.is_complex()] + [
-        torch.view_as_real(leaf) for _, leaf in leaves(out) if isinstance(leaf, Tensor) and leaf.is_complex()
-    ]
-
-
-def _shapes(tensors: list[Tensor]) -> str:
-    return ", ".join(str(tuple(x.shape)) for x in tensors)
