@@ -203,6 +203,8 @@ def _stack(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
 @rule("index", "index_select")
 def _index(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x = args[0]
+    by = [i for i in (args[1] if isinstance(args[1], (list, tuple)) else args[2:]) if i is not None]
+    watcher.fix(by, f"it indexes another tensor, at {watcher.place}")
     if func.overloadpacket.__name__ == "index_select":
         dims = [args[1] % x.ndim]
     else:
