@@ -37,3 +37,18 @@ def test_other_columns_are_refused(tmp_path):
         rows.read(tmp_path / "a.csv", Row)
     with pytest.raises(ValueError, match="has the columns x, y"):
         rows.append(tmp_path / "a.csv", Row("x", 1.0, 1, True, "n"))
+
+
+def test_tuples_are_one_cell(tmp_path):
+    @dataclass(frozen=True)
+    class Many:
+        values: tuple[float, ...]
+        counts: tuple[int, ...]
+        end: int
+
+    given = [Many((0.1, 2.0), (), 1), Many((), (3,), 2)]
+    for row in given:
+        rows.append(tmp_path / "a.csv", row)
+    assert (tmp_path / "a.csv").read_text() == "values,counts,end\n0.1 2.0,,1\n,3,2\n"
+    assert rows.as_csv(given) == (tmp_path / "a.csv").read_text()
+    assert rows.read(tmp_path / "a.csv", Many) == given

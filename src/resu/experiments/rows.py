@@ -29,7 +29,13 @@ def _line(values: Iterable[object]) -> str:
 def as_csv(found: Sequence[Any]) -> str:
     """Rows, dataclasses of one kind, as the text of a file that :func:`read` reads."""
     columns = _columns(found[0]) if found else ()
-    return "".join([_line(columns), *(_line(getattr(row, name) for name in columns) for row in found)])
+    return "".join([_line(columns), *(_line(_cells(row)) for row in found)])
+
+
+def _cells(row: Any) -> list[object]:
+    """The values of a row; of a tuple its elements with spaces between them."""
+    values = [getattr(row, name) for name in _columns(row)]
+    return [" ".join(map(str, value)) if isinstance(value, tuple) else value for value in values]
 
 
 def append(path: str | Path, row: Any) -> None:
@@ -40,7 +46,7 @@ def append(path: str | Path, row: Any) -> None:
     """
     path, columns = Path(path), _columns(row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = _line(getattr(row, name) for name in columns)
+    text = _line(_cells(row))
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(file).st_size
@@ -90,6 +96,8 @@ def read(path: str | Path, kind: type[T]) -> list[T]:
 
 
 def _value(kind: Any, text: str) -> Any:
+    if typing.get_origin(kind) is tuple:  # `tuple[float, ...]`
+        return tuple(_value(typing.get_args(kind)[0], part) for part in text.split())
     optional = [one for one in typing.get_args(kind) if one is not type(None)]  # `float | None`: empty is None
     if optional:
         return _value(optional[0], text) if text else None

@@ -1,4 +1,4 @@
-"""A new tool: what changes, what stays, how the strength is told, and what it costs."""
+"""A new tool: what changes, what stays, how shares are told, and what it costs."""
 
 import copy
 import dataclasses
@@ -7,63 +7,98 @@ from functools import partial
 import pytest
 import torch
 
-from resu.experiments.rows import read
 from resu.experiments.spinn import new_tools, runs
 from resu.experiments.spinn.adaptation import (
-    STRENGTHS,
-    Strength,
+    CANDIDATES,
+    PENALTIES,
+    WEIGHT,
     adapt,
     adapting_cost,
     compare_adaptation,
+    error_products,
     first_part,
+    learn_shares,
     retrain,
-    squared_errors,
     training_cost,
 )
 from resu.experiments.spinn.closed_form import solving_cost
-from resu.experiments.spinn.jobs import jobs, one
-from resu.experiments.spinn.new_tools import best_strength
+from resu.experiments.spinn.jobs import Job, jobs, one
+from resu.experiments.spinn.mixing import mixture
+from resu.experiments.spinn.new_tools import products_without
+from resu.experiments.spinn.results import KnownToolRow, Results
 from resu.experiments.spinn.ridge import ridge_weights
-from resu.experiments.spinn.runs import Row, dense_twin
+from resu.experiments.spinn.runs import dense_twin
 from tests.experiments.spinn.conftest import made_up
 from tests.experiments.spinn.test_sparse import HIDDEN, RECIPE, twin_of
 
 
-def test_it_changes_the_output_layer_alone(data):
-    twin = twin_of(data)
+def only(candidate):
+    return torch.nn.functional.one_hot(torch.tensor(candidate), CANDIDATES).double()
+
+
+def sparse_output(twin):
     with torch.no_grad():
         twin.network[4].weight[0, :5] = 0
+    return twin
+
+
+def test_it_changes_the_output_layer_alone(data):
+    twin = sparse_output(twin_of(data))
     before = copy.deepcopy(twin.state_dict())
-    adapted = adapt(twin, data, first_part(data, 5)[0], Strength(3, 100.0))
+    adapted = adapt(twin, data, first_part(data, 5)[0])
     assert all(torch.equal(before[name], value) for name, value in twin.state_dict().items())
     changed = {name for name, value in adapted.state_dict().items() if not torch.equal(before[name], value)}
     assert changed == {"network.4.weight", "network.4.bias"}
     assert torch.equal(adapted.network[4].weight == 0, twin.network[4].weight == 0)
 
 
-def test_the_layer_is_weighted_ridge(data):
-    """Rows that count three times are rows whose square root of three times error is squared."""
+def test_the_first_candidate_is_the_layer_as_it_is(data):
+    twin = sparse_output(twin_of(data))
+    adapted = adapt(twin, data, first_part(data, 5)[0], only(0))
+    assert all(torch.equal(a, b) for a, b in zip(adapted.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("k", range(len(PENALTIES)))
+def test_the_others_are_weighted_ridge(data, k):
+    """Rows that count a hundred times are rows whose square root of a hundred times error is squared."""
     twin = twin_of(data)
     rows = first_part(data, 5)[0]
-    adapted = adapt(twin, data, rows, Strength(3, 20.0))
-    every = torch.cat([data.train, rows, rows, rows])
+    adapted = adapt(twin, data, rows, only(k + 1))
+    every = torch.cat([data.train, rows.repeat(WEIGHT)])
     hidden = twin.network[:-1](data.inputs).detach().double()
     wanted = ((data.targets - twin.mean) / twin.scale).double()
-    w, b = ridge_weights(hidden[every], wanted[every], 20.0 * float(hidden[every].var(0).mean()))
+    w, b = ridge_weights(hidden[every], wanted[every], PENALTIES[k] * float(hidden[every].var(0).mean()))
     assert torch.allclose(adapted.network[4].weight.double().T, w, rtol=1e-4, atol=1e-5)
     assert torch.allclose(adapted.network[4].bias.double(), b, rtol=1e-4, atol=1e-5)
 
 
-def test_errors_of_every_strength_are_those_of_adapting(data):
-    twin = twin_of(data)
-    with torch.no_grad():
-        twin.network[4].weight[0, :5] = 0
-    found = squared_errors(twin, data, 5)
-    assert tuple(found) == STRENGTHS
+def test_predictions_are_mixed_as_the_layers_are(data):
+    twin = sparse_output(twin_of(data))
+    rows = first_part(data, 5)[0]
+    shares = torch.tensor([0.1, 0.0, 0.3, 0.0, 0.2, 0.0, 0.4])
+    each = torch.stack([adapt(twin, data, rows, only(k)).predict(data.inputs).double() for k in range(CANDIDATES)])
+    mixed = adapt(twin, data, rows, shares.tolist()).predict(data.inputs).double()
+    assert torch.allclose(mixed, torch.tensordot(shares.double(), each, 1), rtol=1e-5, atol=1e-5)
+    alike = adapt(twin, data, rows).predict(data.inputs).double()
+    assert torch.allclose(alike, each.mean(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.5] * CANDIDATES, torch.ones(CANDIDATES, 1)])
+def test_input_shares_that_are_none_are_refused(data, shares):
+    with pytest.raises(ValueError, match="shares must be 7 numbers that sum to 1"):
+        adapt(twin_of(data), data, first_part(data, 5)[0], shares)
+
+
+def test_products_of_errors_are_those_of_adapting(data):
+    twin = sparse_output(twin_of(data))
     rows, rest = first_part(data, 5)
-    for strength in (STRENGTHS[0], STRENGTHS[-1]):
-        missed = adapt(twin, data, rows, strength).predict(data.inputs[rest]) - data.targets[rest]
-        assert found[strength] == pytest.approx(float(missed.double().square().sum()), rel=1e-3)
+    missed = torch.stack(
+        [
+            ((adapt(twin, data, rows, only(k)).predict(data.inputs[rest]) - data.targets[rest]) / twin.scale).flatten()
+            for k in range(CANDIDATES)
+        ]
+    ).double()
+    assert torch.allclose(error_products(twin, data, 5), missed @ missed.T, rtol=1e-3, atol=1e-6)
 
 
 def test_nothing_of_the_rest_of_a_life_is_learned_from(data):
@@ -73,21 +108,42 @@ def test_nothing_of_the_rest_of_a_life_is_learned_from(data):
     assert data.time[rows].max() < data.time[rest].min()
     spoiled = copy.deepcopy(data)
     spoiled.targets[rest] = 1e6
-    one, other = (adapt(twin, d, rows, Strength(10, 100.0)) for d in (data, spoiled))
-    assert torch.equal(one.network[4].weight, other.network[4].weight)
+    before, after = (adapt(twin, d, rows) for d in (data, spoiled))
+    assert torch.equal(before.network[4].weight, after.network[4].weight)
     still = dataclasses.replace(RECIPE, steps=5)
-    one, other = (retrain(twin, d, rows, still, 0, 10) for d in (data, spoiled))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    before, after = (retrain(twin, d, rows, still, 0, 10) for d in (data, spoiled))
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_shares_are_learned_from_the_known_tools_alone(recording):
+    made, told = [], []
+
+    def make(split):
+        made.append(split)
+        return twin_of(split, steps=5)
+
+    shares = learn_shares(recording, make, progress=lambda *what: told.append(what))
+    assert told == [(k, 5, f"without tool {k}") for k in range(5)]
+    for left_out, split in enumerate(made):
+        seen = set(recording.group[split.train.numpy()]) | set(recording.group[split.val.numpy()])
+        assert seen == {0, 1, 2, 3, 4} - {left_out}  # nor tool 5, which is the test part
+    wanted = mixture([error_products(twin_of(s, steps=5), s, k) for k, s in enumerate(made)])
+    assert torch.equal(shares, wanted)
+    assert float(shares.sum()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="at least one tool"):
+        learn_shares(recording, make, [])
 
 
 def test_comparison_counts_what_it_says(data):
     twin = twin_of(data)
     rows, rest = first_part(data, 5)
-    result = compare_adaptation(twin, data, 5, [Strength(2, 100.0), Strength(1, 10.0)], RECIPE, weight=3)
-    assert len(result.adapted) == 2
-    assert (result.group, result.rows, result.rest) == (5, len(rows), len(rest))
+    result = compare_adaptation(twin, data, 5, [None, only(0)], RECIPE, weight=3)
+    assert result.rest == len(rest)
+    assert result.adapted[1] == result.before
+    missed = adapt(twin, data, rows).predict(data.inputs[rest]) - data.targets[rest]
+    assert result.adapted[0] == pytest.approx(float(missed.square().mean().sqrt()))
     full = training_cost(twin.network, 32, 60) + solving_cost(twin.network, 160 + len(rows))
-    assert result.cost == adapting_cost(twin, 160, len(rows), 2) / full
+    assert result.cost == adapting_cost(twin, 160, len(rows)) / full
 
 
 def test_costs_by_hand():
@@ -101,53 +157,58 @@ def test_cost_of_adapting_by_hand(data):
     with torch.no_grad():
         twin.network[4].weight[0, :6] = 0
     weights = 4 * 24 + 24 * 16 + 16
-    assert adapting_cost(twin, 160, 12, 5) == weights * 172 + 220 * 10**2 + 10**3 // 3
+    assert adapting_cost(twin, 160, 12) == weights * 172 + 172 * 10**2 + 6 * 10**3 // 3
 
 
-def strength_row(pair, new, told):
-    detail = f"adapted to {new}, squared errors: {told}"
-    return Row("strength", "wear", "sparse", True, 0, pair, 0.7, 30, float("nan"), float("nan"), detail, 1.0)
-
-
-def test_the_strength_for_a_tool_is_the_best_for_the_others():
+def test_products_for_a_tool_are_those_of_twins_that_do_not_know_it(monkeypatch):
+    monkeypatch.setitem(new_tools.LIVES, "wear", (3, 4, 5))
     rows = [
-        strength_row("3 4", 3, "1x10 5, 10x1000 1"),
-        strength_row("3 4", 4, "1x10 2, 10x1000 9"),
-        strength_row("3 5", 3, "1x10 1e-3, 10x1000 9"),
-        strength_row("3 5", 5, "1x10 2, 10x1000 3"),
-        strength_row("4 5", 4, "1x10 7, 10x1000 1"),
-        strength_row("4 5", 5, "1x10 90, 10x1000 80"),
+        KnownToolRow("wear", group, other, (float(10 * group + other),) * CANDIDATES**2, 1.0)
+        for group in (5, 4, 3)
+        for other in (3, 4, 5)
+        if group != other
     ]
-    assert best_strength(rows, "wear", 3) == Strength(1, 10.0)  # 2 + 2 against 9 + 3
-    assert best_strength(rows, "wear", 4) == Strength(10, 1000.0)  # 5 + 90 against 1 + 80
-    assert best_strength(rows, "wear", 5) == Strength(1, 10.0)  # 0.001 + 7 against 9 + 1
-    rows[5] = strength_row("4 5", 5, "1x10 10, 10x1000 80")
-    assert best_strength(rows, "wear", 4) == Strength(1, 10.0)  # 5 + 10 against 1 + 80
-    assert best_strength(rows, "wear", 4, "geometric mean") == Strength(1, 10.0)  # 5 · 10 against 1 · 80
-    rows[0] = strength_row("3 4", 3, "1x10 20, 10x1000 1")
-    assert best_strength(rows, "wear", 4) == Strength(1, 10.0)  # 20 + 10 against 1 + 80
-    assert best_strength(rows, "wear", 4, "geometric mean") == Strength(10, 1000.0)  # 20 · 10 against 1 · 80
-    with pytest.raises(ValueError, match="run the study 'strength' first"):
-        best_strength(rows, "milling", 3)
+    assert [float(g[0, 0]) for g in products_without(rows, "wear", 4)] == [34.0, 54.0]
+    with pytest.raises(ValueError, match="milling without 3 and 1 has not been run"):
+        products_without(rows, "milling", 3)
+    with pytest.raises(ValueError, match="wear without 3 and 5 has not been run"):
+        products_without(rows[2:], "wear", 3)
 
 
 def test_every_tool_in_turn_is_new(tmp_path, monkeypatch):
     monkeypatch.setattr(new_tools, "load_recording", lambda name, folder: made_up())
     monkeypatch.setitem(new_tools.LIVES, "wear", (0, 4, 5))
     monkeypatch.setattr(new_tools, "dense_twin", partial(dense_twin, hidden=HIDDEN))
+    monkeypatch.setattr("resu.experiments.spinn.jobs.SEEDS", 2)
     monkeypatch.setattr(new_tools, "SEEDS", 2)
     monkeypatch.setitem(runs.RECIPES, "wear", dataclasses.replace(RECIPE, steps=3, tune=1))
-    csv = tmp_path / "rows.csv"
-    first, second = jobs(["wear"], [], 0, [])
-    strengths = [job for job in first if job[0] == "strength"]
-    assert strengths == [("strength", "wear", True, 0), ("strength", "wear", True, 4)]
-    assert second == [("adaptation", "wear", True, g) for g in (0, 4, 5)]
-    for job in (*strengths, *second):
-        one((tmp_path, csv), *job)
-    rows = read(csv, Row)
-    assert sorted((r.group, r.detail.split(",")[0]) for r in rows if r.study == "strength") == [
-        (pair, f"adapted to {new}") for pair in ("0 4", "0 5", "4 5") for new in pair.split()
+    results = tmp_path / "results"
+    first, second = jobs(["wear"], [], 0, Results())
+    known = [job for job in first if job.study == "known_tools"]
+    assert known == [Job("known_tools", "wear", 0), Job("known_tools", "wear", 4)]
+    assert second == [Job("new_tools", "wear", g) for g in (0, 4, 5)]
+    for job in (*known, *second):
+        one((tmp_path, results), job)
+    found = Results.read(results)
+    assert sorted((row.group, row.other) for row in found.known_tools) == [
+        (0, 4),
+        (0, 5),
+        (4, 0),
+        (4, 5),
+        (5, 0),
+        (5, 4),
     ]
-    assert [(r.group, r.seed) for r in rows if r.study == "adaptation"] == [(g, s) for g in "045" for s in (0, 1)]
-    left = jobs(["wear"], [], 0, rows)
-    assert all(job[0] == "leave one out" for found in left for job in found)
+    assert [(row.group, row.seed) for row in found.new_tools] == [(g, s) for g in (0, 4, 5) for s in (0, 1)]
+    for row in found.new_tools:
+        assert sum(row.shares) == pytest.approx(1, abs=1e-3)
+        assert torch.allclose(
+            mixture(products_without(found.known_tools, "wear", row.group)),
+            torch.tensor(row.shares).double(),
+            atol=1e-4,
+        )
+    left = jobs(["wear"], [], 0, found)
+    assert all(job.study == "left_out" for studies in left for job in studies)
+    found.known_tools.pop()
+    assert [job for job in jobs(["wear"], [], 0, found)[0] if job.study == "known_tools"] == [
+        Job("known_tools", "wear", 4)
+    ]

@@ -7,14 +7,14 @@ import time
 import pytest
 import torch
 
-from resu.experiments.rows import append, read
 from resu.experiments.spinn import application
 from resu.experiments.spinn.application import Settings, build
 from resu.experiments.spinn.fields import FIELDS, Field, relative_error, train_field
 from resu.experiments.spinn.fitting import Recipe
-from resu.experiments.spinn.jobs import jobs
+from resu.experiments.spinn.jobs import Job, jobs
 from resu.experiments.spinn.latency import latencies, packed
-from resu.experiments.spinn.runs import WAYS, Row, quantity_rows
+from resu.experiments.spinn.results import Results, add
+from resu.experiments.spinn.runs import WAYS, quantity_rows
 from resu.experiments.spinn.table import main_table, pooled_r2, spread, tables
 from resu.experiments.spinn.twin import dense_network
 from tests.experiments.spinn.test_sparse import HIDDEN, RECIPE
@@ -97,13 +97,13 @@ def test_rows_of_all_ways_and_their_table(data, tmp_path):
             assert all(0.55 < row.sparsity < 0.9 for row in found[1:])
             rows += found
     for row in rows:
-        append(tmp_path / "rows.csv", row)
-    back = read(tmp_path / "rows.csv", Row)
-    assert [(r.way, r.test) for r in back] == [(r.way, r.test) for r in rows]
-    assert main_table(back).count("±") == 2 * len(WAYS) * 2
-    assert "sparse, with physics" in tables(back, {})
-    assert jobs(["wear"], [], 2, back)[0][0] == ("strength", "wear", True, 3)
-    assert ("twin", "wear", True, 2) in jobs(["wear"], [], 3, back)[0]
+        add(tmp_path, row)
+    back = Results.read(tmp_path)
+    assert back.twins == rows
+    assert main_table(back.twins).count("±") == 2 * len(WAYS) * 2
+    assert "sparse, with physics" in tables(back, {}, {})
+    assert jobs(["wear"], [], 2, back)[0][0] == Job("known_tools", "wear", 3)
+    assert Job("twins", "wear", 2) in jobs(["wear"], [], 3, back)[0]
 
 
 def test_spread_and_pooled_r2():

@@ -4,50 +4,40 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from resu.experiments.spinn.closed_form import output_layer, solve_output, solving_cost
+from resu.experiments.spinn.closed_form import output_layer, output_solutions, solving_cost
 from resu.experiments.spinn.fitting import Recipe, fit
+from resu.experiments.spinn.mixing import mixture
 from resu.experiments.spinn.neurons import widths
-from resu.experiments.spinn.recording import Prepared
+from resu.experiments.spinn.recording import Prepared, Recording
 from resu.experiments.spinn.twin import Twin, dense_network
 
 __all__ = [
-    "STRENGTHS",
+    "CANDIDATES",
+    "PENALTIES",
+    "WEIGHT",
     "Adaptation",
-    "Strength",
     "adapt",
     "compare_adaptation",
+    "error_products",
     "first_part",
+    "learn_shares",
     "retrain",
-    "squared_errors",
 ]
 
 FRACTION = 0.3
-
-
-@dataclass(frozen=True, order=True)
-class Strength:
-    """How much a new tool may change the output layer.
-
-    Attributes:
-        weight: Times that each of its rows counts beside one of the tools that are known.
-        penalty: On squared weights, in units of the mean variance of the hidden units that the layer uses.
-    """
-
-    weight: int
-    penalty: float
-
-
-STRENGTHS = tuple(
-    Strength(weight, penalty)
-    for weight in (1, 3, 10, 30, 100)
-    for penalty in (10.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0)
-)
+#: Times that a row of a new tool counts beside one of the tools that are known.
+WEIGHT = 100
+#: On squared weights, in units of the mean variance of the hidden units that the layer uses: from a layer that follows
+#: the new tool closely to one that hardly does.
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0)
+#: The layer as it is, and that of each penalty.
+CANDIDATES = 1 + len(PENALTIES)
 
 
 @dataclass(frozen=True)
@@ -55,23 +45,19 @@ class Adaptation:
     """Before and after, on the part of a new tool's life that was not seen.
 
     Attributes:
-        group: The tool or case.
-        rows: Rows of its life that were learned from.
         rest: Rows of its life that it is judged by.
         before, retrained: Root mean squared error on the rest, in the unit of the target.
-        adapted: The same for each strength.
+        adapted: The same for each mixture.
         cost: Multiply-adds of adapting over those of retraining.
-        seconds: Processor time of adapting over that of retraining.
+        time: Processor time of adapting over that of retraining.
     """
 
-    group: int
-    rows: int
     rest: int
     before: float
     adapted: tuple[float, ...]
     retrained: float
     cost: float
-    seconds: float
+    time: float
 
 
 def first_part(data: Prepared, group: int, fraction: float = FRACTION) -> tuple[Tensor, Tensor]:
@@ -82,40 +68,54 @@ def first_part(data: Prepared, group: int, fraction: float = FRACTION) -> tuple[
     return rows[early], rows[~early]
 
 
-def adapt(twin: Twin, data: Prepared, rows: Tensor, strength: Strength) -> Twin:
-    """A copy whose output layer is solved anew, on the training part and ``rows``; all before it stays.
+def adapt(twin: Twin, data: Prepared, rows: Tensor, shares: Sequence[float] | Tensor | None = None) -> Twin:
+    """A copy whose output layer is a mixture: of the layer as it is, and of layers solved anew with the new rows.
 
-    What the hidden units say of the training part can be kept, so a machine that meets a new tool has little to do.
-    Zeros of a sparse network stay zero.
+    Each of these is solved in closed form on the training part and on ``rows``, which count :data:`WEIGHT` times, with
+    one of :data:`PENALTIES`. All before that layer stays, and zeros of a sparse network stay zero. What the hidden
+    units say of the training part can be kept, so a machine that meets a new tool has little to do.
 
     Args:
         twin: A trained one, dense or sparse.
         data: The recording.
         rows: Rows of the new tool.
-        strength: Chosen on tools that are known (:func:`squared_errors`).
+        shares: ``[CANDIDATES]``, which sum to 1, as :func:`learn_shares` finds them; None: all alike.
+
+    Raises:
+        ValueError: If there are more or fewer shares, or they do not sum to 1.
     """
+    mixed = torch.full((CANDIDATES,), 1 / CANDIDATES) if shares is None else torch.as_tensor(shares)
+    if mixed.shape != (CANDIDATES,) or abs(float(mixed.sum()) - 1) > 1e-6:
+        raise ValueError(
+            f"shares must be {CANDIDATES} numbers that sum to 1 (the layer as it is, then penalties {PENALTIES}), got "
+            f"{shares}"
+        )
     twin = copy.deepcopy(twin)
-    head, units = _head(twin, data)
-    found, last = output_layer(_solved(head, units, rows, strength)), output_layer(twin)
+    weights, biases = _candidates(*_head(twin, data), rows)
+    last = output_layer(twin)
     with torch.no_grad():
-        last.weight[:, _used(last)] = found.weight
-        last.bias.copy_(found.bias)
+        last.weight[:, _used(last)] = torch.tensordot(mixed.double(), weights, 1).to(last.weight)
+        last.bias.copy_(mixed.double() @ biases)
     return twin
 
 
-def _solved(head: Twin, units: Prepared, rows: Tensor, strength: Strength) -> Twin:
-    solve_output(head, units, _with(units, rows, strength.weight), strength.penalty)
-    return head
+def _candidates(head: Twin, units: Prepared, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``[CANDIDATES, outputs, units]`` and biases of every candidate, float64."""
+    last = output_layer(head)
+    solved, _ = output_solutions(head, units, _with(units, rows, WEIGHT), PENALTIES)
+    weights, biases = zip((last.weight.detach().double(), last.bias.detach().double()), *solved, strict=True)
+    return torch.stack(weights), torch.stack(biases)
 
 
 def _with(data: Prepared, rows: Tensor, weight: int) -> Tensor:
     return torch.cat([data.train, rows.repeat(weight)]).sort().values
 
 
-def squared_errors(twin: Twin, data: Prepared, group: int) -> dict[Strength, float]:
-    """What each strength would do: the sum of squared errors on the rest of a group's life.
+def error_products(twin: Twin, data: Prepared, group: int) -> Tensor:
+    """``Σ eᵢ eⱼ`` over the rest of a group's life and over channels, for the errors of candidates i, j: float64.
 
-    For a tool that is known but that ``twin`` was trained without, so that the best strength can be told.
+    For a tool that is known but that ``twin`` was trained without, so that shares can be told (:func:`mixture`).
+    Channels count in units of their variance over the training part.
 
     Args:
         twin: Trained without the group.
@@ -124,11 +124,48 @@ def squared_errors(twin: Twin, data: Prepared, group: int) -> dict[Strength, flo
     """
     rows, rest = first_part(data, group)
     head, units = _head(twin, data)
-    found = {}
-    for strength in STRENGTHS:
-        missed = _solved(head, units, rows, strength).predict(units.inputs[rest]) - data.targets[rest]
-        found[strength] = float(missed.double().square().sum())
-    return found
+    weights, biases = _candidates(head, units, rows)
+    wanted = ((data.targets[rest] - twin.mean) / twin.scale).double()
+    missed = torch.einsum("ru,cou->cro", units.inputs[rest].double(), weights) + biases[:, None] - wanted
+    flat = missed.flatten(1)
+    return flat @ flat.T
+
+
+def learn_shares(
+    recording: Recording,
+    make: Callable[[Prepared], Twin],
+    groups: Iterable[int] | None = None,
+    *,
+    progress: Callable[[int, int, str], object] | None = None,
+) -> Tensor:
+    """Shares for :func:`adapt`, from tools whose whole life is known: each in turn is new to a twin without it.
+
+    Groups of the test part are not looked at.
+
+    Args:
+        recording: With the tools that are known in its training and validation parts.
+        make: Trains a twin for a split; called once per group.
+        groups: Those that are left out in turn; None: all that are known. One without a first part or a rest is
+            skipped.
+        progress: ``progress(done, total, what)``.
+
+    Returns:
+        Float64 ``[CANDIDATES]``.
+
+    Raises:
+        ValueError: If no group is left.
+    """
+    train, val, _ = recording.parts
+    chosen = [*train, *val] if groups is None else list(groups)
+    found = []
+    for done, group in enumerate(chosen):
+        if progress is not None:
+            progress(done, len(chosen), f"without {recording.group_name} {group}")
+        left = [tuple(g for g in part if g != group) for part in (train, val)]
+        data = recording.prepare((left[0], left[1], (group,)))
+        if all(len(part) for part in first_part(data, group)):
+            found.append(error_products(make(data), data, group))
+    return mixture(found)
 
 
 def _used(last: nn.Linear) -> Tensor:
@@ -160,11 +197,12 @@ def training_cost(network: nn.Module, rows: int, steps: int) -> int:
     return 3 * _weights(network) * rows * steps
 
 
-def adapting_cost(twin: Twin, known: int, new: int, weight: int) -> int:
-    """Multiply-adds of one pass, zeros counted too, and of the normal equations, new rows listed ``weight`` times."""
+def adapting_cost(twin: Twin, known: int, new: int) -> int:
+    """Multiply-adds of one pass, zeros counted too, of the normal equations, and of solving them for each penalty."""
     last = output_layer(twin)
     used = int(_used(last).sum())
-    return _weights(twin.network) * (known + new) + (known + weight * new) * used**2 + last.out_features * used**3 // 3
+    passing = _weights(twin.network) * (known + new) + (known + new) * used**2
+    return passing + len(PENALTIES) * last.out_features * used**3 // 3
 
 
 def _weights(network: nn.Module) -> int:
@@ -175,7 +213,7 @@ def compare_adaptation(
     twin: Twin,
     data: Prepared,
     group: int,
-    strengths: Sequence[Strength],
+    shares: Sequence[Tensor | None],
     recipe: Recipe,
     *,
     seed: int = 0,
@@ -187,19 +225,18 @@ def compare_adaptation(
         twin: Trained on the training part.
         data: The recording.
         group: The new tool.
-        strengths: Of adapting; the cost is that of the first.
+        shares: Of each mixture.
         recipe: Of retraining.
         seed: Of retraining.
         weight: Times that each row of the new tool counts in retraining.
     """
     rows, rest = first_part(data, group)
     began = time.process_time()
-    adapted = [adapt(twin, data, rows, strengths[0])]
+    adapted = [adapt(twin, data, rows, shares[0])]
     middle = time.process_time()
     again = retrain(twin, data, rows, recipe, seed, weight)
     ended = time.process_time()
-    adapted += [adapt(twin, data, rows, strength) for strength in strengths[1:]]
-    cost = adapting_cost(twin, len(data.train), len(rows), strengths[0].weight)
+    adapted += [adapt(twin, data, rows, mixed) for mixed in shares[1:]]
     full = training_cost(again.network, recipe.rows, recipe.steps)
     full += solving_cost(again.network, len(data.train) + len(rows))
 
@@ -207,6 +244,6 @@ def compare_adaptation(
         return float((model.predict(data.inputs[rest]) - data.targets[rest]).square().mean().sqrt())
 
     return Adaptation(
-        *(group, len(rows), len(rest), error(twin), tuple(map(error, adapted)), error(again)),
-        *(cost / full, (middle - began) / max(ended - middle, 1e-9)),
+        *(len(rest), error(twin), tuple(map(error, adapted)), error(again)),
+        *(adapting_cost(twin, len(data.train), len(rows)) / full, (middle - began) / max(ended - middle, 1e-9)),
     )

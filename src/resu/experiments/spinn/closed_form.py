@@ -16,7 +16,7 @@ from resu.experiments.spinn.laws import LumpedHeat, take_pairs
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.twin import Twin
 
-__all__ = ["PENALTIES", "Solved", "output_layer", "solve_output", "solving_cost"]
+__all__ = ["PENALTIES", "Solved", "output_layer", "output_solutions", "solve_output", "solving_cost"]
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 3000.0, 10000.0, 30000.0)
 
@@ -51,33 +51,59 @@ def solve_output(twin: Twin, data: Prepared, rows: Tensor, penalty: float | None
     Args:
         twin: Changed in place.
         data: The recording.
-        rows: Rows that are fitted; a row that is listed twice counts twice.
+        rows: Rows that are fitted.
         penalty: In units of the hidden units' mean variance; None: of :data:`PENALTIES` the one that is best on the
             validation part.
     """
+    last, tried = output_layer(twin), _tried(penalty, data)
+    solutions, unit = output_solutions(twin, data, rows, tried)
+    hidden, wanted = _units(twin, data.inputs[data.val]), _wanted(twin, data.targets[data.val])
+    errors = [float((hidden @ w.T + b - wanted).square().sum()) for w, b in solutions]
+    best = errors.index(min(errors))
+    for parameter, value in zip((last.weight, last.bias), solutions[best], strict=True):
+        parameter.copy_(value)
+    return Solved(tried[best], tried[best] * unit / (len(rows) * len(last.weight)))
+
+
+@torch.no_grad()
+def output_solutions(
+    twin: Twin, data: Prepared, rows: Tensor, penalties: Sequence[float]
+) -> tuple[list[tuple[Tensor, Tensor]], float]:
+    """``(weight, bias)`` of the output layer in float64 for each penalty, and the unit of penalties.
+
+    Args:
+        twin: It stays as it is; weights of its output layer that are exactly 0 are 0 in every solution.
+        data: The recording.
+        rows: Rows that are fitted; a row that is listed twice counts twice.
+        penalties: In units of the hidden units' mean variance, which is returned.
+    """
     last = output_layer(twin)
-    hidden = twin.network[:-1](data.inputs).double()
-    wanted = ((data.targets - twin.mean) / twin.scale).double()
+    hidden, wanted = _units(twin, data.inputs), _wanted(twin, data.targets)
     unit, middle = float(hidden[rows].var(0).mean()), hidden[rows].mean(0)
     # The bias is one more column, which costs nothing; units about their mean keep it apart from the rest.
     columns = torch.cat([hidden - middle, torch.ones_like(hidden[:, :1])], 1)
     normal = _normal_equations(twin, data, columns, wanted, rows)
     free = torch.cat([last.weight != 0, torch.ones_like(last.bias, dtype=torch.bool)[:, None]], 1)
-    found = {}
-    for tried in _tried(penalty, data):
+    found = []
+    for penalty in penalties:
         solution = torch.zeros_like(free, dtype=torch.float64)
         for c, (gram, right) in enumerate(normal):
             here = free[c].nonzero()[:, 0]
-            ridge = torch.full((len(here),), tried * unit, dtype=torch.float64)
+            ridge = torch.full((len(here),), penalty * unit, dtype=torch.float64)
             ridge[-1] = 0.0
             solution[c, here] = torch.linalg.solve(gram[here][:, here] + ridge.diag(), right[here])
-        error = columns[data.val] @ solution.T - wanted[data.val]
-        found[tried] = (float(error.square().sum()), solution)
-    best = min(found, key=lambda p: found[p][0])
-    weight = found[best][1][:, :-1]
-    last.weight.copy_(weight)
-    last.bias.copy_(found[best][1][:, -1] - weight @ middle)
-    return Solved(best, best * unit / (len(rows) * len(last.weight)))
+        weight = solution[:, :-1]
+        found.append((weight, solution[:, -1] - weight @ middle))
+    return found, unit
+
+
+def _units(twin: Twin, inputs: Tensor) -> Tensor:
+    units: Tensor = twin.network[:-1](inputs).double()
+    return units
+
+
+def _wanted(twin: Twin, targets: Tensor) -> Tensor:
+    return ((targets - twin.mean) / twin.scale).double()
 
 
 def _tried(penalty: float | None, data: Prepared) -> Sequence[float]:
@@ -90,8 +116,10 @@ def _normal_equations(
     twin: Twin, data: Prepared, columns: Tensor, wanted: Tensor, rows: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Per channel the matrix and the right-hand side; sums over ``rows``, and over pairs of them for the law."""
-    x, y = columns[rows], wanted[rows]
-    gram, right = x.T @ x, x.T @ y
+    once, times = rows.unique(return_counts=True)
+    x, y = columns[once], wanted[once]
+    counted = x.T * times
+    gram, right = counted @ x, counted @ y
     if not isinstance(twin.law, LumpedHeat):
         return [(gram, right[:, c]) for c in range(y.shape[1])]
     ends = data.pairs(rows)

@@ -6,8 +6,6 @@ import copy
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 
@@ -18,6 +16,7 @@ from resu.experiments.spinn.neurons import remove_neurons
 from resu.experiments.spinn.origins import far_origins, rolling_origins
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.recordings import load_recording
+from resu.experiments.spinn.results import FieldRow, LeftOutRow, OriginRow, TwinRow
 from resu.experiments.spinn.ridge import ridge, ridge_penalty
 from resu.experiments.spinn.sparse import STAGES, TARGET, kept, prune_in_stages, resurrect
 from resu.experiments.spinn.twin import HIDDEN, Twin, dense_network, score
@@ -27,7 +26,6 @@ from resu.pruning.stages import prune_iteratively
 __all__ = [
     "RECIPES",
     "WAYS",
-    "Row",
     "dense_twin",
     "field_rows",
     "leave_one_out",
@@ -56,39 +54,6 @@ RIDGE_MORE = "ridge, on the validation part too"
 WAYS = ("dense", "sparse", "structured", "RESU")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured number or network.
-
-    Attributes:
-        study: ``"twin"``, ``"origins"``, ``"leave one out"``, ``"strength"``, ``"adaptation"`` or ``"field"``.
-        quantity: Recording or equation.
-        way: ``"ridge"`` or one of :data:`WAYS`.
-        physics: Whether the law was part of the loss.
-        seed: Of everything random.
-        group: The tool or case left out or adapted to; else empty.
-        sparsity: Fraction of the dense network's parameters that is gone.
-        parameters: That are left.
-        test: R² on held-out rows; for a field the relative L2 error; for adaptation the share of gain recovered.
-        val: R² on the validation part, against the variance of the training part.
-        detail: The rest as text.
-        seconds: Processor time.
-    """
-
-    study: str
-    quantity: str
-    way: str
-    physics: bool
-    seed: int
-    group: str
-    sparsity: float
-    parameters: int
-    test: float
-    val: float
-    detail: str
-    seconds: float
-
-
 def dense_twin(data: Prepared, recipe: Recipe, seed: int, *, physics: bool, hidden: Sequence[int] = HIDDEN) -> Twin:
     """A trained dense twin."""
     torch.manual_seed(seed)
@@ -99,7 +64,7 @@ def dense_twin(data: Prepared, recipe: Recipe, seed: int, *, physics: bool, hidd
 
 def quantity_rows(
     data: Prepared, recipe: Recipe, seed: int, *, physics: bool, hidden: Sequence[int] = HIDDEN
-) -> tuple[list[Row], dict[str, Twin]]:
+) -> tuple[list[TwinRow], dict[str, Twin]]:
     """All ways for one quantity, with or without physics; each smaller twin comes from the same dense one.
 
     Args:
@@ -112,7 +77,7 @@ def quantity_rows(
     Returns:
         Rows, and the twins by way.
     """
-    found: list[Row] = []
+    found: list[TwinRow] = []
     began = time.process_time()
     dense = dense_twin(data, recipe, seed, physics=physics, hidden=hidden)
     full = kept(dense)
@@ -126,8 +91,8 @@ def quantity_rows(
             told += "; " + "; ".join(f"{name} = {value}" for name, value in twin.law.constants().items())
         left = kept(twin)
         found.append(
-            Row(
-                *("twin", data.recording.name, way, physics, seed, ""),
+            TwinRow(
+                *(data.recording.name, way, physics, seed),
                 *(1 - left / full, left, _r2(predicted, data, data.test), _skill(predicted, data)),
                 *(told or "no law", time.process_time() - began),
             )
@@ -157,7 +122,7 @@ def _skill(predicted: torch.Tensor, data: Prepared) -> float:
     return score(predicted[rows], data.targets[rows], data.targets[data.train])
 
 
-def ridge_rows(data: Prepared) -> list[Row]:
+def ridge_rows(data: Prepared) -> list[TwinRow]:
     """Ridge on the same inputs: fitted on the training part, as networks are, and on the validation part too."""
     rows = []
     for way in ("ridge", RIDGE_MORE):
@@ -167,11 +132,11 @@ def ridge_rows(data: Prepared) -> list[Row]:
         count = (data.inputs.shape[1] + 1) * data.targets.shape[1]
         test, val = _r2(predicted, data, data.test), _skill(predicted, data)
         told, spent = f"penalty {penalty:g}", time.process_time() - began
-        rows.append(Row("twin", data.recording.name, way, False, 0, "", 0.0, count, test, val, told, spent))
+        rows.append(TwinRow(data.recording.name, way, False, 0, 0.0, count, test, val, told, spent))
     return rows
 
 
-def origin_rows(folder: str | os.PathLike[str], name: str, seed: int) -> list[Row]:
+def origin_rows(folder: str | os.PathLike[str], name: str, seed: int) -> list[OriginRow]:
     """Ridge and dense networks on the rolling origins of a split in time, which choices go by, and on far ones."""
     recording, found = load_recording(name, folder), []
     known = torch.tensor(recording.targets[recording.rows([*recording.parts[0], *recording.parts[1]])])
@@ -189,15 +154,15 @@ def origin_rows(folder: str | os.PathLike[str], name: str, seed: int) -> list[Ro
         if way == "ridge" and seed:
             continue
         began = time.process_time()
-        near = [judge(split, way, physics) for split in rolling_origins(recording)]
-        far = [judge(split, way, physics) for split in far_origins(recording)]
-        told = f"near {', '.join(f'{r2:.3f}' for r2 in near)}; far {', '.join(f'{r2:.3f}' for r2 in far)}"
-        spent = time.process_time() - began
-        found.append(Row("origins", name, way, physics, seed, "", 0.0, 0, fmean(near), float("nan"), told, spent))
+        near, far = (
+            tuple(judge(split, way, physics) for split in splits)
+            for splits in (rolling_origins(recording), far_origins(recording))
+        )
+        found.append(OriginRow(name, way, physics, seed, near, far, time.process_time() - began))
     return found
 
 
-def leave_one_out(folder: str | os.PathLike[str], name: str, group: int, recipe: Recipe) -> list[Row]:
+def leave_one_out(folder: str | os.PathLike[str], name: str, group: int, recipe: Recipe) -> list[LeftOutRow]:
     """Ridge, dense and sparse twin tested on one group that they do not know."""
     recording = load_recording(name, folder)
     data = recording.without([group])
@@ -213,16 +178,12 @@ def leave_one_out(folder: str | os.PathLike[str], name: str, group: int, recipe:
             prune_in_stages(dense, data, recipe).release()
             predicted, parameters = dense.predict(data.inputs), kept(dense)
         error = predicted[data.test] - data.targets[data.test]
-        told = (
-            f"squared error {float(error.double().square().sum()):.6g} over {len(data.test)} rows; mean error "
-            f"{float(error.mean()):.4g}; mean absolute error {float(error.abs().mean()):.4g} {recording.unit}"
-        )
         spread = float(data.targets[data.test].var())
         test = _r2(predicted, data, data.test) if spread > 0 else float("nan")
         rows.append(
-            Row(
-                *("leave one out", name, way, way != "ridge", 0, str(group), 0.7 if way == "sparse" else 0.0),
-                *(parameters, test, float("nan"), told, time.process_time() - began),
+            LeftOutRow(
+                *(name, way, group, parameters, test, float(error.double().square().sum()), len(data.test)),
+                *(float(error.mean()), float(error.abs().mean()), time.process_time() - began),
             )
         )
     return rows
@@ -230,7 +191,7 @@ def leave_one_out(folder: str | os.PathLike[str], name: str, group: int, recipe:
 
 def field_rows(
     folder: str | os.PathLike[str], name: str, seed: int, *, adam: int, lbfgs: int, rows: int = 1024
-) -> list[Row]:
+) -> list[FieldRow]:
     """The equation's solution by a dense field and by one with 70 % of its weights gone, against the reference."""
     equation = FIELDS[name]
     solution = read_solution(equation, folder)
@@ -245,7 +206,7 @@ def field_rows(
         error = relative_error(field, solution)
         told = f"Adam {adam}, L-BFGS {lbfgs}, {rows} points"
         spent = time.process_time() - began
-        found.append(Row("field", name, way, True, seed, "", 1 - left / full, left, error, float("nan"), told, spent))
+        found.append(FieldRow(name, way, seed, 1 - left / full, left, error, told, spent))
 
     row("dense")
     began = time.process_time()

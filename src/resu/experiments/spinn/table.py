@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median, pstdev, stdev
 
-from resu.experiments.spinn.runs import RIDGE_MORE, WAYS, Row
+from resu.experiments.spinn.adaptation import PENALTIES
+from resu.experiments.spinn.results import FieldRow, LeftOutRow, NewToolRow, OriginRow, Results, TwinRow
+from resu.experiments.spinn.runs import RIDGE_MORE, WAYS
 
 __all__ = ["main_table", "pooled_r2", "tables"]
 
@@ -32,9 +33,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main_table(rows: Sequence[Row]) -> str:
+def main_table(twins: Sequence[TwinRow]) -> str:
     """R² on held-out rows by way and quantity; ``overall`` is the mean over quantities, seed by seed."""
-    twins = [row for row in rows if row.study == "twin"]
     names = [name for name in NAMES if any(row.quantity == name for row in twins)]
     lines = []
     for way, physics in [("ridge", False), (RIDGE_MORE, False), *((w, p) for w in WAYS for p in (False, True))]:
@@ -60,20 +60,13 @@ def pooled_r2(squared: Sequence[float], counts: Sequence[int], targets: Sequence
     return 1 - math.fsum(squared) / (len(targets) * pstdev(targets) ** 2)
 
 
-def _squared(row: Row) -> tuple[float, int]:
-    found = re.search(r"squared error (\S+) over (\d+) rows", row.detail)
-    assert found is not None, row.detail
-    return float(found[1]), int(found[2])
-
-
-def left_out_table(rows: Sequence[Row], quantity: str, targets: Sequence[float]) -> str:
+def left_out_table(some: Sequence[LeftOutRow], targets: Sequence[float]) -> str:
     """R² per group left out, its spread, and pooled over all."""
-    some = [row for row in rows if row.study == "leave one out" and row.quantity == quantity]
-    groups = sorted({row.group for row in some}, key=int)
+    groups = sorted({row.group for row in some})
     ways = [way for way in ("ridge", "dense", "sparse") if any(row.way == way for row in some)]
     at = {(row.way, row.group): row for row in some}
     lines = [
-        [group, *("–" if math.isnan(at[way, group].test) else f"{at[way, group].test:.2f}" for way in ways)]
+        [str(group), *("–" if math.isnan(at[way, group].test) else f"{at[way, group].test:.2f}" for way in ways)]
         for group in groups
     ]
 
@@ -85,55 +78,43 @@ def left_out_table(rows: Sequence[Row], quantity: str, targets: Sequence[float])
     line("lowest", lambda v: v[0])
     pooled = []
     for way in ways:
-        errors, counts = zip(*(_squared(at[way, g]) for g in groups), strict=True)
+        errors, counts = zip(*((at[way, g].squared, at[way, g].rows) for g in groups), strict=True)
         pooled.append(f"**{pooled_r2(errors, counts, targets):.3f}**" if sum(counts) == len(targets) else "–")
     lines.append(["**all rows together**", *pooled])
     return markdown(["left out", *ways], lines)
 
 
-_ADAPTED = re.compile(
-    r"RMSE (\S+): before (\S+), adapted (\S+) / (\S+), retrained (\S+), over (\d+) rows; "
-    r"multiply-adds (\S+), processor time ([^\s;]+); weight · penalty (.+) / (.+)"
-)
-
-
-def adaptation_table(rows: Sequence[Row], quantity: str) -> str:
-    """Per new tool errors before, adapted and retrained, over all seeds, and the gain recovered; then all together.
-
-    Two strengths: the best for the other tools by the sum of squared errors, and by their geometric mean.
-    """
-    some = [row for row in rows if row.study == "adaptation" and row.quantity == quantity]
-    lines, every, told = [], [], [_adapted(row) for row in some]
-    for group in sorted({row.group for row in some}, key=int):
-        here = [found for found, row in zip(told, some, strict=True) if row.group == group]
-        every.append(_squares(here))
-        lines.append([group, *_gains(every[-1]), *here[0][8:]])
-    total = _squares(told)
-    lines.append(["**all rows together**", *_gains(total), "", ""])
-    middle = [f"{median(squares[i] / squares[0] for squares in every):.2f}" for i in range(4)]
-    lines.append(["median of squared error / before", *middle, "", "", "", ""])
-    gained = sum(squares[3] < squares[0] for squares in every)
-    costs = [f"{100 * fmean(float(found[i]) for found in told):.1f} %" for i in (6, 7)]
+def new_tool_table(rows: Sequence[NewToolRow], unit: str) -> str:
+    """Per new tool errors before, adapted and retrained, over all seeds, and the gain recovered; then all together."""
+    lines, every = [], []
+    for group in sorted({row.group for row in rows}):
+        every.append(_squares([row for row in rows if row.group == group]))
+        lines.append([str(group), *_gains(every[-1])])
+    total = _squares(rows)
+    lines.append(["**all rows together**", *_gains(total)])
+    lines.append(["median of squared error / before", *_over_before(every, median), *[""] * 3])
+    lines.append(["highest of squared error / before", *_over_before(every, max), *[""] * 3])
+    gained = sum(squares[-1] < squares[0] for squares in every)
+    costs = [f"{100 * fmean(values):.1f} %" for values in ([r.cost for r in rows], [r.time for r in rows])]
+    by_seed = {seed: _squares([row for row in rows if row.seed == seed]) for seed in sorted({r.seed for r in rows})}
+    seeds = "; ".join(
+        f"{100 * (1 - squares[1] / squares[0]):.0f} % and {100 * (1 - squares[-1] / squares[0]):.0f} %"
+        for squares in by_seed.values()
+    )
     end = (
         f"Retraining gains something on {gained} of {len(every)}. Adapting costs {costs[0]} of its multiply-adds and "
-        f"{costs[1]} of its time."
+        f"{costs[1]} of its time. Squared error that mixing and retraining take away, seed by seed: {seeds}."
     )
-    kinds = ("sum", "mean of logs")
-    head = [f"RMS error, {told[0][0]}", "before", *(f"adapted, {k}" for k in kinds), "retrained"]
-    head += [*(f"recovered, {k}" for k in kinds), *(f"weight · penalty, {k}" for k in kinds)]
+    kinds = ("mixed", "equal shares", "best single")
+    head = [f"RMS error, {unit}", "before", *kinds, "retrained", *(f"recovered, {kind}" for kind in kinds)]
     return markdown(head, lines) + "\n\n" + end
 
 
-def _adapted(row: Row) -> tuple[str, ...]:
-    """Unit; errors before, adapted twice, retrained; rows; cost in multiply-adds and in time; two strengths."""
-    found = _ADAPTED.fullmatch(row.detail)
-    assert found is not None, row.detail
-    return found.groups()
-
-
-def _squares(found: Sequence[tuple[str, ...]]) -> list[float]:
-    """Mean squared errors before, adapted twice, retrained, over all rows."""
-    return [fmean((float(f[i]) ** 2 for f in found), [float(f[5]) for f in found]) for i in range(1, 5)]
+def _squares(rows: Sequence[NewToolRow]) -> list[float]:
+    """Mean squared errors before, adapted three ways, retrained, over all rows."""
+    weights = [float(row.rest) for row in rows]
+    each = [(row.before, row.mixed, row.equal, row.single, row.retrained) for row in rows]
+    return [fmean([error**2 for error in column], weights) for column in zip(*each, strict=True)]
 
 
 def _gains(squares: Sequence[float]) -> list[str]:
@@ -145,37 +126,45 @@ def _gains(squares: Sequence[float]) -> list[str]:
     return [*(f"{math.sqrt(square):.3g}" for square in squares), *shares]
 
 
-def origins_table(rows: Sequence[Row]) -> str:
+def _over_before(every: Sequence[Sequence[float]], of: Callable[[list[float]], float]) -> list[str]:
+    ratios = [[square / squares[0] for square in squares] for squares in every]
+    return [f"{of(list(column)):.2f}" for column in zip(*ratios, strict=True)]
+
+
+def share_table(rows: Sequence[NewToolRow]) -> str:
+    """The mean share of each candidate over new tools, by quantity."""
+    head = ["shares", "the layer as it is", *(f"penalty {penalty:g}" for penalty in PENALTIES)]
+    lines = []
+    for name in dict.fromkeys(row.quantity for row in rows):
+        columns = zip(*(row.shares for row in rows if row.quantity == name), strict=True)
+        lines.append([NAMES[name], *(f"{fmean(column):.2f}" for column in columns)])
+    return markdown(head, lines)
+
+
+def origins_table(some: Sequence[OriginRow]) -> str:
     """R² at rolling origins, one block ahead, with the mean that choices went by; and far ahead."""
-    some = [row for row in rows if row.study == "origins"]
     lines = []
     for way, physics in dict.fromkeys((row.way, row.physics) for row in some):
         here = [row for row in some if (row.way, row.physics) == (way, physics)]
         near, far = (
             [f"{fmean(column):.3f}" for column in zip(*values, strict=True)]
-            for values in zip(*(_near_and_far(row.detail) for row in here), strict=True)
+            for values in ([row.near for row in here], [row.far for row in here])
         )
         label = way if way == "ridge" else f"{way}, {'with' if physics else 'without'} physics"
-        lines.append([label, *near, spread([row.test for row in here]), *far])
+        lines.append([label, *near, spread([fmean(row.near) for row in here]), *far])
     head = ["trained on", *(f"{k}/7" for k in range(3, 7)), "mean", *(f"{k}/7, far" for k in range(3, 6))]
     return markdown(head, lines)
 
 
-def _near_and_far(detail: str) -> tuple[list[float], list[float]]:
-    near, far = (part.split(" ", 1)[1].split(", ") for part in detail.split("; "))
-    return [float(r2) for r2 in near], [float(r2) for r2 in far]
-
-
-def field_table(rows: Sequence[Row]) -> str:
+def field_table(some: Sequence[FieldRow]) -> str:
     """Relative L2 error of each equation, dense and sparse."""
-    some = [row for row in rows if row.study == "field"]
     lines = [
         [
             row.quantity,
             row.way,
             f"{100 * row.sparsity:.1f} %",
             f"{row.parameters}",
-            f"{row.test:.2e}",
+            f"{row.error:.2e}",
             f"{row.seconds:.0f}",
         ]
         for row in some
@@ -183,44 +172,49 @@ def field_table(rows: Sequence[Row]) -> str:
     return markdown(["equation", "", "removed", "parameters", "relative L2 error", "seconds"], lines)
 
 
-def physics_table(rows: Sequence[Row]) -> str:
+def physics_table(twins: Sequence[TwinRow]) -> str:
     """What the laws say of the twins of seed 0, as text."""
-    some = [row for row in rows if row.study == "twin" and row.physics and row.seed == 0]
-    return "\n".join(f"- {NAMES[row.quantity]}, {row.way}: {row.detail}" for row in some)
+    some = [row for row in twins if row.physics and row.seed == 0]
+    return "\n".join(f"- {NAMES[row.quantity]}, {row.way}: {row.told}" for row in some)
 
 
-def tables(rows: Sequence[Row], targets: Mapping[str, Sequence[float]]) -> str:
+def tables(found: Results, targets: Mapping[str, Sequence[float]], units: Mapping[str, str]) -> str:
     """All tables that the rows allow, as one text.
 
     Args:
-        rows: Of any studies.
+        found: Rows of any studies.
         targets: Per quantity all its targets, for R² over groups left out.
+        units: Per quantity the unit of its target.
     """
     parts = []
-    if any(row.study == "twin" for row in rows):
-        parts += ["R² on held-out tools, cases and times, mean ± standard deviation over seeds:", main_table(rows)]
-    if any(row.study == "origins" for row in rows):
+    if found.twins:
+        parts += [
+            "R² on held-out tools, cases and times, mean ± standard deviation over seeds:",
+            main_table(found.twins),
+        ]
+    if found.origins:
         parts += [
             "R² of displacement within the training and validation parts, three seeds: at rolling origins, which "
             "choices went by (the next seventh is judged), and far ones (a seventh is left out, all after it is "
             "judged):",
-            origins_table(rows),
+            origins_table(found.origins),
         ]
     for name, values in targets.items():
-        if any(row.study == "leave one out" and row.quantity == name for row in rows):
-            parts += [
-                f"R² of {NAMES[name]} with one group left out at a time, seed 0:",
-                left_out_table(rows, name, values),
-            ]
+        if left_out := [row for row in found.left_out if row.quantity == name]:
+            title = f"R² of {NAMES[name]} with one group left out at a time, seed 0:"
+            parts += [title, left_out_table(left_out, values)]
     for name in NAMES:
-        if any(row.study == "adaptation" and row.quantity == name for row in rows):
+        if new_tools := [row for row in found.new_tools if row.quantity == name]:
             parts += [
                 f"A new tool, {NAMES[name]}: each in turn is unknown to a sparse twin, which then sees the first 30 % "
                 "of its life; errors on the rest, three seeds:",
-                adaptation_table(rows, name),
+                new_tool_table(new_tools, units[name]),
             ]
-    if any(row.study == "field" for row in rows):
-        parts += ["Known solutions:", field_table(rows)]
-    if any(row.physics and row.study == "twin" for row in rows):
-        parts += ["Residuals of the laws on held-out rows (RMS), and learned constants, seed 0:", physics_table(rows)]
+    if found.new_tools:
+        parts += ["Shares of the candidates in these mixtures, mean over new tools:", share_table(found.new_tools)]
+    if found.fields:
+        parts += ["Known solutions:", field_table(found.fields)]
+    if any(row.physics for row in found.twins):
+        title = "Residuals of the laws on held-out rows (RMS), and learned constants, seed 0:"
+        parts += [title, physics_table(found.twins)]
     return "\n\n".join(parts)
