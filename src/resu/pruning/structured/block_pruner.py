@@ -15,8 +15,8 @@ from resu.pruning.structured.blocks import find_blocks, remove_blocks, zero_bloc
 from resu.pruning.structured.removal import check_undivided
 from resu.pruning.structured.removed import remove_verified
 from resu.pruning.structured.result import StructuredResult
+from resu.pruning.structured.running import plain_copy
 from resu.pruning.structured.target import TARGETS, Reached, meet_target
-from resu.pruning.structured.verify import plain_copy
 
 __all__ = ["BlockPruner"]
 

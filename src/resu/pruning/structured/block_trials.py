@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from resu.pruning.statistics import eager, undisturbed
+from resu.pruning.structured.running import call, differentiable_outputs, in_float64
 from resu.pruning.structured.slots import slots
 from resu.pruning.structured.trace import check_runs
-from resu.pruning.structured.verify import call, differentiable_outputs, in_float64
+from resu.pruning.structured.training import seeded
 from resu.pruning.trees import map_leaves
 
 __all__ = ["Call", "calls_of", "changed_kinds", "hindrance", "passes_on", "untrainable"]
@@ -81,7 +82,7 @@ def _copied(tree: Any) -> Any:
 
 def passes_on(zeroed: nn.Module, calls: Sequence[Call], rtol: float) -> bool:
     """Whether a module gives its first argument back, in the mode that it is in."""
-    with torch.random.fork_rng(devices=[]), in_float64():
+    with seeded(0), in_float64():
         for args, kwargs in calls:
             wanted = args[0]
             if not bool(torch.isfinite(wanted).all()):  # of too large an input

@@ -19,8 +19,9 @@ from resu.core.globs import glob_list, glob_matches, listing
 from resu.pruning.structured.attributes import is_direction
 from resu.pruning.structured.block_trials import calls_of, changed_kinds, hindrance, passes_on, untrainable
 from resu.pruning.structured.removal import Removal, check_undivided
+from resu.pruning.structured.running import double_copy, random_like
 from resu.pruning.structured.slots import slots
-from resu.pruning.structured.verify import Check, double_copy, random_like, verify_smaller
+from resu.pruning.structured.verify import Check, verify_smaller
 
 __all__ = ["Blocks", "Skip", "find_blocks", "remove_blocks", "skipped", "zero_blocks"]
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from resu.pruning.structured.groups import Group, Place
 from resu.pruning.structured.removal import mask_tensors
+from resu.pruning.structured.running import add_noise, differentiable_outputs, double_copy, random_like
 from resu.pruning.structured.slots import slots
-from resu.pruning.structured.verify import add_noise, compare, differentiable_outputs, double_copy, random_like
+from resu.pruning.structured.training import seeded
+from resu.pruning.structured.verify import compare
 
 __all__ = ["without_effect"]
 
@@ -38,11 +40,10 @@ def without_effect(model: nn.Module, groups: Mapping[str, Group], inputs: Any, *
     """
     generator = torch.Generator().manual_seed(seed)
     suspects: Suspects = {name: [*group.places] for name, group in groups.items()}
-    with torch.random.fork_rng(devices=[]):
+    with seeded(seed):
         for share in _DRAWS:
             whole, drawn = double_copy(model), random_like(inputs, generator)
             add_noise(whole, generator, share)
-            torch.manual_seed(seed)
             suspects = _without_gradient(whole, groups, suspects, drawn, generator)
             if not suspects:
                 return []
@@ -51,7 +52,6 @@ def without_effect(model: nn.Module, groups: Mapping[str, Group], inputs: Any, *
             silenced = double_copy(whole)
             for place in places:
                 _silence(silenced, place, groups[name].places[place])
-            torch.manual_seed(seed)
             if compare(whole, silenced, drawn):
                 found.append(name)
     return found

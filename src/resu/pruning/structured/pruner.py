@@ -19,10 +19,10 @@ from resu.pruning.structured.probe import Usable, check_kept, usable_groups
 from resu.pruning.structured.removal import check_undivided, mask_tensors, shrink_tensors
 from resu.pruning.structured.removed import remove_verified
 from resu.pruning.structured.result import StructuredResult
+from resu.pruning.structured.running import plain_copy
 from resu.pruning.structured.scores import NORMS, unit_scores
 from resu.pruning.structured.slots import slots
 from resu.pruning.structured.target import TARGETS, Reached, meet_target
-from resu.pruning.structured.verify import plain_copy
 
 __all__ = ["StructuredPruner"]
 

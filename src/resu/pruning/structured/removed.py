@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from resu.pruning.structured.removal import Removal
+from resu.pruning.structured.running import double_copy, random_like
 from resu.pruning.structured.sizes import count_macs, count_parameters
-from resu.pruning.structured.verify import compare, double_copy, random_like
+from resu.pruning.structured.verify import compare
 
 __all__ = ["Removed", "remove_verified"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resu.pruning.structured.verify import call, plain_forward
+from resu.pruning.structured.running import call, plain_forward
 
 __all__ = ["Latency", "count_macs", "count_parameters", "latencies", "time_in_turns"]
 

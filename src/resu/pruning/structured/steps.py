@@ -15,8 +15,8 @@ from resu.core.schedule import Cubic, Every
 from resu.pruning.structured.block_pruner import BlockPruner
 from resu.pruning.structured.pruner import StructuredPruner
 from resu.pruning.structured.result import StructuredResult
+from resu.pruning.structured.running import plain_copy
 from resu.pruning.structured.sizes import count_macs, count_parameters
-from resu.pruning.structured.verify import plain_copy
 
 __all__ = ["GradualShrinker", "shrink_iteratively"]
 

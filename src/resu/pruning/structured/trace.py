@@ -22,9 +22,9 @@ from resu.pruning.structured import rules_layers, rules_over, rules_views  # noq
 from resu.pruning.structured.flow import Components, Operand, rearrange
 from resu.pruning.structured.outputs import output_tensors
 from resu.pruning.structured.rules import apply_rule
+from resu.pruning.structured.running import call, plain_forward
 from resu.pruning.structured.slots import Slot, slots
 from resu.pruning.structured.units import Units
-from resu.pruning.structured.verify import call, plain_forward
 from resu.pruning.trees import leaves
 
 __all__ = ["Count", "Size", "Trace", "check_runs", "trace"]

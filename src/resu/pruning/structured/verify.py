@@ -8,124 +8,23 @@ difference: nothing reads it. Norms over channels, softmax over channels and the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from resu.pruning.statistics import eager
 from resu.pruning.structured.outputs import Check, comparable, difference
 from resu.pruning.structured.removal import Slices, mask_tensors, shrink_tensors
+from resu.pruning.structured.running import add_noise, call, cloned, double_copy, in_float64, random_like
 from resu.pruning.structured.slots import slots
-from resu.pruning.trees import leaves, map_leaves
+from resu.pruning.structured.training import differs_in_training, seeded
+from resu.pruning.trees import leaves
 
-__all__ = [
-    "Check",
-    "add_noise",
-    "call",
-    "compare",
-    "differentiable_outputs",
-    "double_copy",
-    "in_float64",
-    "plain_copy",
-    "plain_forward",
-    "random_like",
-    "verify_removal",
-    "verify_smaller",
-]
+__all__ = ["Check", "compare", "double_copy", "random_like", "verify_removal", "verify_smaller"]
 
 _ROUNDS = 3  # of two inputs each: at one input alone, half of the channels may be zero behind a ReLU
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class _Wide(TorchDispatchMode):
-    """Whoever converts to float32 on the way gets float64: rounding there would hide, or feign, a difference."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _NARROW:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def plain_forward() -> Iterator[None]:
-    """Inside, models run without gradients and without fused kernels for attention."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """Inside, models run as with :func:`plain_forward`, and whatever they make on the way is in float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with plain_forward(), _Wide():  # type: ignore[no-untyped-call]
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Run a model on a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
-def double_copy(model: nn.Module) -> nn.Module:
-    """A copy in float64 and evaluation mode, on the model's devices.
-
-    Raises:
-        TypeError: If the model cannot be copied.
-    """
-    return plain_copy(model).double().eval()
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy without gradients.
-
-    Raises:
-        TypeError: If the model cannot be copied.
-    """
-    # Tensors that a forward pass left in attributes (weight norm does) would refuse to be copied.
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise TypeError(f"{type(model).__name__} cannot be copied, so nothing can be tried out: {error}") from error
-    for parameter in copied.parameters():
-        parameter.grad = None
-    return copied
-
-
-def random_like(inputs: Any, generator: torch.Generator | None) -> Any:
-    """Inputs in float64: floats drawn anew (as given where ``generator`` is None), all else as given."""
-
-    def drawn(_: object, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        if generator is None:
-            return leaf.detach().double()
-        return torch.randn(leaf.shape, dtype=torch.float64, generator=generator).to(leaf.device)
-
-    return map_leaves(drawn, inputs)
 
 
 def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 1e-9) -> Check:
@@ -140,7 +39,7 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
     Raises:
         TypeError: If there is no tensor among the outputs, or the reference does not run.
     """
-    own, other = _cloned(inputs), _cloned(inputs)
+    own, other = cloned(inputs), cloned(inputs)
     before = _versions(reference, own), _versions(shrunk, other)
     with in_float64(), eager(reference), eager(shrunk):
         try:
@@ -156,7 +55,7 @@ def compare(reference: nn.Module, shrunk: nn.Module, inputs: Any, rtol: float = 
             return Check(float("inf"), f"it does not run: {' '.join(str(error).split())[:200]}")
     left_alone = {name for name, version in _versions(reference, own).items() if version == before[0].get(name)}
     for name, version in _versions(shrunk, other).items():
-        if version != before[1][name] and name in left_alone:
+        if version != before[1].get(name, version) and name in left_alone:
             return Check(float("inf"), f"it writes into {name} in place, which the masked model leaves alone")
     if not wanted:
         raise TypeError(f"{type(reference).__name__} returns no tensor that could be compared")
@@ -176,6 +75,7 @@ def verify_removal(
 
     Compared on the inputs given and on random ones, with the model's weights and twice more with noise added to all of
     them: a branch that starts at zero, as the last norm of a residual block may, would hide what is wrong behind it.
+    Then once in training mode, without dropout, if the model runs there on these inputs.
 
     Args:
         model: The model before the removal.
@@ -230,8 +130,7 @@ def verify_smaller(
     generator = torch.Generator().manual_seed(seed)
     whole = double_copy(model)
     worst = 0.0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for round_ in range(_ROUNDS):
             if round_:
                 add_noise(whole, generator)
@@ -246,27 +145,9 @@ def verify_smaller(
                 if not check:
                     return check
                 worst = max(worst, check.error)
+        if reason := differs_in_training(masked, small, random_like(example_inputs, generator), rtol):
+            return Check(float("inf"), reason)
     return Check(worst)
-
-
-@torch.no_grad()
-def add_noise(model: nn.Module, generator: torch.Generator, share: float = 0.1) -> None:
-    """Noise on all parameters, in place: this share of each one's size, or of 1 where it is zero."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel():
-            size = float(parameter.square().mean().sqrt()) or 1.0
-            noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-            parameter.add_(noise.to(parameter.device), alpha=share * size)
-
-
-def differentiable_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """Outputs of a model in float64, with gradients where it lets them through."""
-    with in_float64(), torch.enable_grad(), eager(model):
-        return [out for out in comparable(call(model, inputs)) if out.requires_grad]
-
-
-def _cloned(inputs: Any) -> Any:
-    return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def _versions(model: nn.Module, inputs: Any) -> dict[str, int]:

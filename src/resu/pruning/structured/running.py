@@ -1,0 +1,138 @@
+"""Models run as they are verified: in float64, without gradients, fused kernels or caches; their copies and inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resu.pruning.statistics import eager
+from resu.pruning.structured.outputs import comparable
+from resu.pruning.trees import map_leaves
+
+__all__ = [
+    "add_noise",
+    "call",
+    "cloned",
+    "differentiable_outputs",
+    "double_copy",
+    "in_float64",
+    "plain_copy",
+    "plain_forward",
+    "random_like",
+]
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Wide(TorchDispatchMode):
+    """Whoever converts to float32 on the way gets float64: rounding there would hide, or feign, a difference."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def plain_forward() -> Iterator[None]:
+    """Inside, models run without gradients and without fused kernels for attention."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, models run as with :func:`plain_forward`, and whatever they make on the way is in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with plain_forward(), _Wide():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def double_copy(model: nn.Module) -> nn.Module:
+    """A copy in float64 and evaluation mode, on the model's devices.
+
+    Raises:
+        TypeError: If the model cannot be copied.
+    """
+    return plain_copy(model).double().eval()
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy without gradients.
+
+    Raises:
+        TypeError: If the model cannot be copied.
+    """
+    # Tensors that a forward pass left in attributes (weight norm does) would refuse to be copied.
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(f"{type(model).__name__} cannot be copied, so nothing can be tried out: {error}") from error
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied
+
+
+def random_like(inputs: Any, generator: torch.Generator | None) -> Any:
+    """Inputs in float64: floats drawn anew (as given where ``generator`` is None), all else as given."""
+
+    def drawn(_: object, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if generator is None:
+            return leaf.detach().double()
+        return torch.randn(leaf.shape, dtype=torch.float64, generator=generator).to(leaf.device)
+
+    return map_leaves(drawn, inputs)
+
+
+@torch.no_grad()
+def add_noise(model: nn.Module, generator: torch.Generator, share: float = 0.1) -> None:
+    """Noise on all parameters, in place: this share of each one's size, or of 1 where it is zero."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            size = float(parameter.square().mean().sqrt()) or 1.0
+            noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+            parameter.add_(noise.to(parameter.device), alpha=share * size)
+
+
+def differentiable_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Outputs of a model in float64, with gradients where it lets them through."""
+    with in_float64(), torch.enable_grad(), eager(model):
+        return [out for out in comparable(call(model, inputs)) if out.requires_grad]
+
+
+def cloned(inputs: Any) -> Any:
+    """Inputs whose tensors a model may write into."""
+    return map_leaves(lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
