@@ -237,6 +237,16 @@ def test_weights_lie_in_shards_and_the_adapter_beside(place: Path, tmp_path: Pat
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_of_the_source_does_not_come_along(place: Path, tmp_path: Path) -> None:
+    finetune(settings(place, "lora", steps=1), tmp_path / "first", keep_adapter=True)
+    again = settings(place, "sparse-lora", source=tmp_path / "first", steps=1)
+    finetune(again, tmp_path / "second", keep_adapter=True)  # an adapter of its own, not a mixture
+    names = {p.name for p in (tmp_path / "second" / "adapter").iterdir()}
+    assert names == {"adapter.json", "adapter.safetensors", "masks.safetensors"}
+    finetune(settings(place, "masked", source=tmp_path / "second", sparsity=None, steps=1), tmp_path / "third")
+    assert not (tmp_path / "third" / "adapter").exists()
+
+
 def test_nothing_is_replaced_unasked(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, config = tmp_path / "out", settings(place, steps=2)
     finetune(config, out)

@@ -84,6 +84,18 @@ def test_companions_come_along_and_dense_weights_do_not(tmp_path):
     assert not (target / "linked.json").is_symlink()
 
 
+@pytest.mark.parametrize("file", ["adapter.json", "adapter_config.json", "other.json"])
+def test_an_adapter_stays_with_its_model_and_another_folder_of_that_name_comes_along(tmp_path, file):
+    (tmp_path / "source" / "adapter").mkdir(parents=True)
+    for name in (file, "README.md", "adapter.safetensors"):
+        (tmp_path / "source" / "adapter" / name).write_text(name)
+    (tmp_path / "target").mkdir()
+    left_out = copy_companions(tmp_path / "source", tmp_path / "target")
+    ours = file != "other.json"
+    assert left_out == ([] if ours else ["adapter/adapter.safetensors"])
+    assert (tmp_path / "target" / "adapter").exists() != ours
+
+
 def test_input_what_is_read_is_never_replaced(tmp_path):
     (tmp_path / "up" / "model").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "up")

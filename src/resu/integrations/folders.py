@@ -12,6 +12,7 @@ from pathlib import Path
 from resu.core.io import naming
 
 __all__ = [
+    "ADAPTER",
     "REPORTS",
     "RESULT_FILES",
     "WEIGHT_ENDINGS",
@@ -25,6 +26,9 @@ __all__ = [
 # What pruning and fine-tuning write beside the model; a folder that holds a report is one of ours.
 REPORTS = ("pruning.json", "run.json")
 RESULT_FILES = ("masks.safetensors", *REPORTS, "log.csv")
+# The folder of low-rank updates that fine-tuning keeps beside the model, and what tells it from any other.
+ADAPTER = "adapter"
+_ADAPTER_FILES = ("adapter.json", "adapter_config.json")
 # Weights in any format: a copy would be the dense model again.
 WEIGHT_ENDINGS = (
     *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"),
@@ -151,8 +155,8 @@ def _flush(folder: Path) -> None:
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy what lies beside the weights: configuration, tokenizer, licence, subfolders such as ``1_Pooling``.
 
-    Weight files of any format, results of pruning and hidden entries are not copied, nor is a file that
-    ``target`` has already. Links are followed, as the download cache of Hugging Face consists of them.
+    Weight files of any format, results of pruning and fine-tuning (an adapter's folder among them) and hidden entries
+    are not copied, nor is a file that ``target`` has already. Links are followed, as the download cache of Hugging Face consists of them.
 
     Returns:
         Weight files that were left out although they are not the safetensors of the model itself, such as
@@ -162,6 +166,8 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     for folder, names, files in os.walk(source, followlinks=True):
         here = Path(folder)
         names[:] = sorted(name for name in names if not name.startswith(".") and not _same(here / name, target))
+        if here == source and any((source / ADAPTER / file).is_file() for file in _ADAPTER_FILES):
+            names.remove(ADAPTER)  # it belongs to the weights that it was trained beside
         for name in sorted(files):
             relative = (here / name).relative_to(source)
             if name.lower().endswith(WEIGHT_ENDINGS):

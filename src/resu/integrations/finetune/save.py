@@ -14,12 +14,12 @@ from resu.core.mask_files import write_masks
 from resu.core.shards import Shards
 from resu.integrations.finetune.model import MASK_FILE
 from resu.integrations.finetune.prepared import Masks, Prepared
-from resu.integrations.folders import copy_companions, new_folder
+from resu.integrations.folders import ADAPTER, copy_companions, new_folder
 from resu.integrations.hf import check_directory, seal_folder, stored_names, write_model
 
 __all__ = ["ADAPTER", "LOG", "REPORT", "save_run", "write_json"]
 
-REPORT, LOG, ADAPTER = "run.json", "log.csv", "adapter"
+REPORT, LOG = "run.json", "log.csv"
 
 
 def write_json(values: Any, path: Path) -> None:
@@ -90,7 +90,7 @@ def save_run(
         if log is not None and log.is_file():
             shutil.copyfile(log, temporary / LOG)
         if adapter is not None:
-            shutil.copytree(adapter, temporary / ADAPTER)
+            shutil.copytree(adapter, temporary / ADAPTER, dirs_exist_ok=True)
         report = {**report, "bytes": sum(written.nbytes(name) for name in written.names)}
         write_json(report, temporary / REPORT)
     return report
