@@ -156,7 +156,8 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy what lies beside the weights: configuration, tokenizer, licence, subfolders such as ``1_Pooling``.
 
     Weight files of any format, results of pruning and fine-tuning (an adapter's folder among them) and hidden entries
-    are not copied, nor is a file that ``target`` has already. Links are followed, as the download cache of Hugging Face consists of them.
+    are not copied, nor is a file that ``target`` has already. Links are followed, as the download cache of Hugging Face
+    consists of them.
 
     Returns:
         Weight files that were left out although they are not the safetensors of the model itself, such as
