@@ -1,0 +1,86 @@
+"""What pages show is what the committed results say: every table that a script writes is written anew and compared."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from resu.experiments.render import fill
+from resu.experiments.rows import read
+
+REPO = Path(__file__).parents[1]
+RESULTS = REPO / "benchmarks" / "results"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script of ``benchmarks`` as a module."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("name", "csv", "page", "mark", "table"),
+    [
+        ("bench_export", "export.csv", "export.md", "errors", "errors"),
+        ("bench_finetune_shard", "finetune_shard.csv", "finetune.md", "shard", "table"),
+    ],
+)
+def test_tables_of_benchmarks(
+    benchmark: Any, tmp_path: Path, name: str, csv: str, page: str, mark: str, table: str
+) -> None:
+    module = benchmark(name)
+    copy = Path(shutil.copy(REPO / "docs" / page, tmp_path))
+    rows = read(RESULTS / csv, module.Row)
+    assert rows
+    assert fill(copy, {mark: getattr(module, table)(rows)}.get) == [mark]
+    assert copy.read_text() == (REPO / "docs" / page).read_text()
+
+
+def test_method_pages(tmp_path: Path) -> None:
+    from resu.experiments.hf_tables import Run, render_pages
+
+    pages = REPO / "docs" / "methods"
+    shutil.copytree(pages, tmp_path / "methods")
+    written = render_pages(read(RESULTS / "hf_pruning.csv", Run), tmp_path / "methods")
+    assert {"results.md", "wanda.md", "sparsegpt.md"} <= set(written)
+    for name in written:
+        assert (tmp_path / "methods" / name).read_text() == (pages / name).read_text()
+
+
+def test_page_of_reconstruction() -> None:
+    from resu.experiments.reconstruction import Row, markdown
+
+    assert markdown(read(RESULTS / "reconstruction.csv", Row)) in (REPO / "docs" / "reconstruction.md").read_text()
+
+
+def test_page_of_pruners() -> None:
+    from resu.experiments.toolbox import Result
+    from resu.experiments.toolbox_page import markdown
+
+    assert markdown(read(RESULTS / "resnet20_pruning.csv", Result)) in (REPO / "docs" / "pruners.md").read_text()
+
+
+def test_page_of_fine_tuning() -> None:
+    from resu.experiments.finetuning.front import page
+    from resu.experiments.finetuning.runs import Row
+
+    assert page(read(RESULTS / "finetuning_front.csv", Row)) == (REPO / "docs" / "finetuning_front.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/honest.md"])
+def test_pages_of_the_honest_question(page: str, tmp_path: Path) -> None:
+    from resu.experiments.render import render, summarize
+
+    copy = Path(shutil.copy(REPO / page, tmp_path))
+    (summarize if page == "README.md" else render)(RESULTS, copy)
+    assert copy.read_text() == (REPO / page).read_text()
