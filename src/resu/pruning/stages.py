@@ -25,7 +25,7 @@ from resu.pruning.stage_files import RunFolder
 from resu.pruning.stage_plan import StagePlan, plan_stages, reached_by
 from resu.pruning.stage_results import IterativeResult, StageResult
 
-__all__ = ["IterativeResult", "StagePlan", "StageResult", "plan_stages", "prune_iteratively"]
+__all__ = ["IterativeResult", "StagePlan", "StageResult", "of_model_and_stage", "plan_stages", "prune_iteratively"]
 
 
 def prune_iteratively(
@@ -104,7 +104,7 @@ def prune_iteratively(
         model,
         plan,
         MagnitudePruner(plan.target) if pruner is None else pruner,
-        _called(finetune_fn),
+        of_model_and_stage(finetune_fn),
         eval_fn,
         higher_is_better,
         max_drop,
@@ -132,8 +132,16 @@ def _planned(stages: StagePlan | Sequence[float] | int, target: float | None) ->
     return plan_stages(round(float(reached_by(stages)[-1]), 12), stages)
 
 
-def _called(finetune: Callable[..., object] | None) -> Callable[[nn.Module, int], object]:
-    """``finetune`` as a function of model and stage, whether it wants the stage or not."""
+def of_model_and_stage(finetune: Callable[..., object] | None) -> Callable[[nn.Module, int], object]:
+    """``finetune`` as a function of model and stage, whether it wants the stage or not; None does nothing.
+
+    Raises:
+        TypeError: If it is no function, or needs more than two arguments.
+
+    Example:
+        >>> of_model_and_stage(lambda model: print("a model"))(nn.Linear(1, 1), 3)
+        a model
+    """
     if finetune is None:
         return lambda model, stage: None
     if not callable(finetune):

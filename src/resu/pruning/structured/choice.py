@@ -57,7 +57,8 @@ def keep_masks(
         scope: ``"local"``: of each group. ``"global"``: of all together, each score taken relative to the mean of its
             group, without which groups of large layers would never lose any; each keeps one unit.
         round_to: Channels left are a multiple of this, rounded up; units wider than one index (heads) are not rounded.
-        original: Units of each group to count the sparsity of, where some went earlier.
+        original: Units of each group to count the sparsity of, where some went earlier; of a group that is named here
+            only, all but one did.
 
     Returns:
         ``{group name: bool per unit}``, True = kept.
@@ -67,13 +68,17 @@ def keep_masks(
         >>> keep_masks({"fc": group}, {"fc": torch.arange(10.0)}, 0.5, round_to=8)["fc"].long()
         tensor([0, 0, 1, 1, 1, 1, 1, 1, 1, 1])
     """
+    if not groups:
+        return {}
     counts = {name: (original or {}).get(name, len(group)) for name, group in groups.items()}
     if isinstance(sparsity, Mapping):
         keeps = {name: keep_count(counts[name], s) for name, s in sparsity.items()}
     elif scope == "local":
         keeps = {name: keep_count(n, sparsity) for name, n in counts.items()}
     else:
-        gone = pruned_count(sum(counts.values()), sparsity) - sum(counts[n] - len(g) for n, g in groups.items())
+        counts = {**(original or {}), **counts}
+        earlier = sum(n - len(groups.get(name, (0,))) for name, n in counts.items())
+        gone = pruned_count(sum(counts.values()), sparsity) - earlier
         keeps = _global(groups, scores, max(gone, 0))
     result = {}
     for name, keep in keeps.items():

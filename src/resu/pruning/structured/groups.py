@@ -122,17 +122,24 @@ class Structure:
             labels.append(self.trace.units.roots(self.trace.labels[tensor][dim])[indices[~mask][:, 0]])
         return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
 
-    def chosen(self, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None) -> dict[str, Group]:
+    def chosen(
+        self, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, *, later: bool = False
+    ) -> dict[str, Group]:
         """The groups that globs over names of layers mean.
 
         A group is removed from as a whole, so ``include`` must name all the layers that make it, and ``exclude`` need
         name one only.
 
+        Args:
+            include: Globs; None: all.
+            exclude: Globs.
+            later: Whether units went earlier: that no more can go, of what is named or at all, is no error then.
+
         Raises:
             ValueError: If a glob matches no layer whose outputs could be removed, or nothing is left.
         """
         include, exclude = glob_list(include), glob_list(exclude) or []
-        for glob in [*(include or ()), *exclude]:
+        for glob in [*(include or ()), *exclude] if not later else ():
             if not any(_meant(glob, maker) for maker in self.makers) and not (
                 glob in exclude and any(_meant(glob, name) for name in self.fixed)
             ):
@@ -147,7 +154,7 @@ class Structure:
                 left[name] = group
             elif any(named):
                 partly.append(group)
-        if not left:
+        if not left and not later:
             why = f"; coupled, name them all: {listing(partly[0].makers)}" if partly else f"; {self._known()}"
             raise ValueError(f"there is nothing to remove{why}")
         return left

@@ -115,10 +115,15 @@ class StructuredPruner:
 
     # -- looking
 
-    def inspect(self, model: nn.Module) -> tuple[Structure, Usable]:
-        """What could be removed, tried on copies; the model is not changed."""
+    def inspect(self, model: nn.Module, *, later: bool = False) -> tuple[Structure, Usable]:
+        """What could be removed, tried on copies; the model is not changed.
+
+        Args:
+            model: Any module.
+            later: Whether units went earlier: that nothing more can go is no error then.
+        """
         structure = find_structure(model, self.example_inputs)
-        chosen = structure.chosen(self.include, self.exclude)
+        chosen = structure.chosen(self.include, self.exclude, later=later)
         if isinstance(self.sparsity, Mapping):
             chosen = {name: chosen[name] for name in group_sparsities(chosen, self.sparsity)}
         usable = usable_groups(model, structure, chosen, self.example_inputs, rtol=self.rtol, seed=self.seed)
@@ -213,8 +218,10 @@ class StructuredPruner:
         if not isinstance(model, nn.Module):
             raise TypeError(f"a pruner prunes a torch.nn.Module, got {type(model).__name__}")
         check_undivided(model)
-        structure, usable = self.inspect(model)
-        if not usable.groups:
+        structure, usable = self.inspect(model, later=original is not None)
+        if original is not None:  # what is no longer a group has one unit left; what was refused meanwhile has more
+            original = {n: k for n, k in original.items() if n in usable.groups or n not in structure.groups}
+        elif not usable.groups:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(usable.refused.items())[:5])
             raise ValueError(f"nothing can be removed without changing what the model computes: {reasons}")
         kept, reached = self._plan(model, structure, usable, sparsity, original, dense)
@@ -258,10 +265,11 @@ class StructuredPruner:
     ) -> tuple[Mapping[str, Tensor], Reached]:
         if self.target == "units":
             kept = self._kept(model, usable.groups, sparsity, original=original)
-            total = sum((original or {}).get(name, len(mask)) for name, mask in kept.items())
-            left = sum(int(mask.sum()) for mask in kept.values())
+            counts = {name: len(mask) for name, mask in kept.items()} | dict(original or {})
+            total = sum(counts.values())
+            left = sum(int(kept[name].sum()) if name in kept else 1 for name in counts)
             asked = self.sparsity if sparsity is None else sparsity
-            reached = 1 - left / total
+            reached = 1 - left / max(total, 1)
             return kept, Reached("units", reached if isinstance(asked, Mapping) else asked, reached)
         asked = check_sparsity(self.sparsity if sparsity is None else sparsity)  # type: ignore[arg-type]
         scores = self._scores(model, usable.groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 
 from resu.core.counting import check_sparsity
 from resu.core.schedule import Cubic, Every
+from resu.pruning.stages import of_model_and_stage
 from resu.pruning.structured.block_pruner import BlockPruner
 from resu.pruning.structured.pruner import StructuredPruner
 from resu.pruning.structured.result import StructuredResult
@@ -56,18 +56,17 @@ def shrink_iteratively(
         ([(16, 12), (12, 8)], 8)
     """
     final = _one_sparsity(pruner)
-    sparsities = [final * (k + 1) / stages for k in range(stages)] if isinstance(stages, int) else list(stages)
+    sparsities = _equal_steps(final, stages) if isinstance(stages, int) else list(stages)
     if not sparsities or sparsities[-1] != final or sorted(set(sparsities)) != sparsities:
         raise ValueError(f"stages must ascend to the pruner's sparsity {final!r}, got {stages!r}")
-    taken = finetune_fn is not None and len(_required(finetune_fn)) > 1
+    finetune = of_model_and_stage(finetune_fn)
     before = Before.of(model, pruner)
     results: list[StructuredResult] = []
     for stage, sparsity in enumerate(sparsities, start=1):
         if results:
             results[-1].forget()
         results.append(before.prune(model, pruner, sparsity, optimizer))
-        if finetune_fn is not None:
-            finetune_fn(model, stage) if taken else finetune_fn(model)
+        finetune(model, stage)
     return results
 
 
@@ -77,9 +76,8 @@ def _one_sparsity(pruner: StructuredPruner | BlockPruner) -> float:
     return pruner.sparsity
 
 
-def _required(function: Callable[..., object]) -> list[inspect.Parameter]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+def _equal_steps(final: float, stages: int) -> list[float]:
+    return [final * k / stages for k in range(1, stages)] + [final] * (stages > 0)  # 0.1 · 3 / 3 is not 0.1
 
 
 @dataclass
