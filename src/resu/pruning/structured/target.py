@@ -101,9 +101,10 @@ def meet_target(
     step = smallest_step(lambda step: left(at(step)), steps, wanted, close)
     if count and step:
         _between(at(step - 1), at(step), left, wanted)
-    if not count and all(abs(value - wanted) > _TOLERANCE * wanted for value, _ in tried):
+    slower = [entry for entry in tried if entry[0] > wanted]  # none, if an earlier step went further than it had to
+    if not count and slower and all(abs(value - wanted) > _TOLERANCE * wanted for value, _ in tried):
         # Time falls in steps, where all layers drop below a multiple of what the processor takes at once: not all do.
-        slow = min((entry for entry in tried if entry[0] > wanted), key=lambda entry: entry[0])
+        slow = min(slower, key=lambda entry: entry[0])
         fast = max((entry for entry in tried if entry[0] <= wanted), key=lambda entry: entry[0])
         _between(slow[1], fast[1], left, wanted)
     enough = [entry for entry in tried if entry[0] <= wanted] if count else tried
