@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from resu.core.sharding import is_sharded
 from resu.pruning.structured.attributes import is_direction, recomputed, repaired_attributes, set_attribute
 from resu.pruning.structured.slots import Slot, sliced, slots
+from resu.pruning.trees import leaves
 
 __all__ = ["Removal", "Slices", "check_undivided", "mask_tensors", "shrink_tensors"]
 
@@ -242,7 +243,14 @@ def _smaller_states(optimizer: Optimizer | None, tied: Tied) -> dict[int, dict[s
 
 
 def _smaller_state(value: Any, tensor: Tensor, kept: Mapping[int, Tensor], what: str, optimizer: Optimizer) -> Any:
-    if not isinstance(value, Tensor) or value.numel() == 1:
+    if not isinstance(value, Tensor):
+        if any(isinstance(leaf, Tensor) and leaf.numel() > 1 for _, leaf in leaves(value)):
+            raise TypeError(
+                f"{type(optimizer).__name__} keeps {what} as a {type(value).__name__} of tensors, which cannot be cut; "
+                "make a fresh optimizer after the removal"
+            )
+        return value
+    if value.numel() == 1:
         return value
     # Second moments by rows and columns have size 1 in the other dimension (torch.optim.Adafactor).
     fits = value.ndim == tensor.ndim and all(a in (1, b) for a, b in zip(value.shape, tensor.shape, strict=True))
