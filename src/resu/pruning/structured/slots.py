@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Slot", "sliced", "slots"]
@@ -67,8 +68,12 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def sliced(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """A copy of ``tensor`` with only the indices kept of each dimension, contiguous as it was."""
+    """A copy of ``tensor`` with only the indices kept of each dimension, contiguous, or channels last where it was."""
     out = tensor
     for dim, indices in kept.items():
         out = out.index_select(dim, indices.to(tensor.device))
-    return out.clone() if out is tensor else out
+    out = out.clone() if out is tensor else out
+    for last in (torch.channels_last, torch.channels_last_3d):
+        if tensor.ndim == (4 if last is torch.channels_last else 5) and not tensor.is_contiguous():
+            out = out.contiguous(memory_format=last) if tensor.is_contiguous(memory_format=last) else out
+    return out
