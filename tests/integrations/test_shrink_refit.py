@@ -40,7 +40,8 @@ def test_the_fit_is_that_of_lstsq(kind):
         outputs = inputs @ weight.T
         kept = inputs[:, site.columns.of(units[site.name])]
         ours, bias = fitted[site.outer]
-        got = kept @ ours.T
+        assert ours.dtype == torch.float32
+        got = kept @ ours.double().T
         if layer.bias is not None:
             outputs = outputs + layer.bias.detach().double()
             got = got + bias

@@ -7,12 +7,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from resu.integrations.shrink import sequential
 from resu.integrations.shrink.exactness import random_batch
-from resu.integrations.shrink.families import sites_of
+from resu.integrations.shrink.families import blocks_of, sites_of
+from resu.integrations.shrink.plan import Fractions, choose_units, kept_counts
 from resu.integrations.shrink.ridge import Sums
-from resu.integrations.shrink.sequential import fit_in_sequence
-from resu.integrations.shrink.transform import shrink_transformer
+from resu.integrations.shrink.scores import score_units
+from resu.integrations.shrink.sequential import sequential_weights
+from resu.integrations.shrink.transform import shrink_to, shrink_transformer
 from tests.integrations.shrink_models import make
 
 
@@ -75,48 +76,128 @@ def test_the_stream_comes_nearer_to_what_it_was(kind, depth):
     assert errors["sequential"] < errors["least-squares"] < errors[None]
 
 
-def test_targets_are_the_stream_with_what_came_before(monkeypatch):
-    model = make("llama")
-    batches = batches_of(model, 4)
-    dense = copy.deepcopy(model)
-    shrink_transformer(model, ffn=0.5)
-    seen = []
-    monkeypatch.setattr(sequential, "_fitted", lambda layer, fitting, judging: seen.append((fitting, judging)))
+def passing(model, site, batches):
+    """The stream, the inputs and the outputs of a site's layer, of all tokens, by running the whole model."""
+    found = {"stream": [], "input": [], "output": []}
+    base = model.base_model
+
+    def stream(module, args, options):
+        found["stream"].append(args[0] if args else options["hidden_states"])
+
+    def layer(module, args, output):
+        found["input"].append(args[0])
+        found["output"].append(output)
+
+    hooks = [
+        base.get_submodule(site.stream).register_forward_pre_hook(stream, with_kwargs=True),
+        base.get_submodule(site.outer).register_forward_hook(layer),
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            base(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat([x.flatten(0, 1) for x in parts]) for name, parts in found.items()}
+
+
+def ridge(a, t, weight, bias, penalty):
+    """Least squares with rows that pull towards the weights; the bias is not pulled."""
+    mean_a, mean_t = (a.mean(0), t.mean(0)) if bias is not None else (0, 0)
+    a, t = a - mean_a, t - mean_t
+    pull = (penalty * a.square().mean() * len(a)).sqrt() * torch.eye(a.shape[1], dtype=a.dtype)
+    found = torch.linalg.lstsq(torch.cat([a, pull]), torch.cat([t, pull @ weight.T])).solution.T
+    return found, None if bias is None else mean_t - mean_a @ found.T
+
+
+@torch.no_grad()
+def fit_by_the_book(small, dense, batches, blocks):
+    """Each layer by running both models from their beginning, in float64 and in place."""
+    masks = torch.cat([batch["attention_mask"] for batch in batches])
+    texts = torch.arange(len(masks))[:, None].expand_as(masks).flatten()
+    judges = (texts % 4 == 3) | (texts == texts.max())
+    real = masks.bool().flatten()
+    whole = {(site.block, site.kind): site for site in sites_of(dense)}
+    for site in sites_of(small):
+        was = passing(dense, whole[blocks[site.block], site.kind], batches)
+        now = passing(small, site, batches)
+        a, t = now["input"], was["output"] + was["stream"] - now["stream"]
+        layer = small.base_model.get_submodule(site.outer)
+        turned = type(layer) is not torch.nn.Linear
+        weight, bias = (layer.weight.T if turned else layer.weight).clone(), layer.bias
+
+        def error(found, a=a, t=t):
+            off = t - a @ found[0].T - (0 if found[1] is None else found[1])
+            return float(off[real & judges].square().sum())
+
+        def fitted(tokens, penalty, a=a, t=t, weight=weight, bias=bias):
+            return ridge(a[tokens], t[tokens], weight, bias, penalty)
+
+        errors = {p: error(fitted(real & ~judges, p)) for p in (1e-3, 1e-2, 1e-1, 1.0, 10.0)}
+        best = min(errors, key=errors.get)
+        if errors[best] < error((weight, bias)):
+            weight, bias = fitted(real, best)
+            layer.weight.copy_(weight.T if turned else weight)
+            if bias is not None:
+                layer.bias.copy_(bias)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra", "llama", "llama-bias", "mistral", "gpt2", "qwen3"])
+@pytest.mark.parametrize("blocks", [None, [1, 3]])
+def test_blockwise_fits_are_those_of_whole_passes(kind, blocks):
+    model = make(kind, attention="eager").double()
+    batches = batches_of(model, 3)
+    counts = kept_counts(sites_of(model), Fractions(0.4, 0.5))
+    options = {"method": "activation", "batches": batches}
+    ours, reference = copy.deepcopy(model), copy.deepcopy(model)
+    told = []
+    shrink_to(ours, counts, blocks, update="sequential", progress=lambda *now: told.append(now), **options)
+    shrink_to(reference, counts, blocks, update="least-squares", **options)
+    before = copy.deepcopy(reference.state_dict())
+    fit_by_the_book(reference, model, batches, range(4) if blocks is None else blocks)
+    changed = 0
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-7, atol=1e-9)
+        changed += not torch.equal(value, before[name])
+    assert changed
+    sites = 2 * len(blocks_of(ours))
+    assert [now[:2] for now in told if now[2] == "fitting layer by layer"] == [(k + 1, sites) for k in range(sites)]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_time_of_a_block_does_not_depend_on_the_depth(kind):
+    passes = {}
+    for depth in (2, 6):
+        model = make(kind, num_hidden_layers=depth)
+        batches = batches_of(model, 3)
+        layer = blocks_of(model)[0].get_submodule("intermediate.dense" if kind == "bert" else "mlp.up_proj")
+        calls = []
+        handle = layer.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        sequential_weights(model, {}, batches)
+        handle.remove()
+        passes[depth] = len(calls)
+    assert passes[2] == passes[6] <= 5 * len(batches)
+
+
+def test_the_model_stays_and_nothing_is_left_on_it():
+    model = make("llama").train()
+    model.config.use_cache = True
     before = copy.deepcopy(model.state_dict())
-    fit_in_sequence(model, dense, batches)
+    units = choose_units(score_units(model, "l2"), kept_counts(sites_of(model), Fractions(0.4, 0.5)))
+    found = sequential_weights(model, units, batches_of(model, 3), [0, 1, 3])
+    assert set(found) == {site.outer for site in sites_of(model) if site.block != 2}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert len(seen) == len(sites_of(model)) == 8
-    real = torch.cat([batch["attention_mask"].bool() for batch in batches])
-
-    def streams(of, index):  # after block `index`
-        with torch.no_grad():
-            return torch.cat([of.model(**b, output_hidden_states=True).hidden_states[index + 1] for b in batches])[real]
-
-    fitting, judging = seen[3]  # the feed-forward layer of the second block: what it adds, and what is missing before
-    inputs, missing = [], []
-    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
-    below = model.model.layers[1].post_attention_layernorm.register_forward_pre_hook(
-        lambda m, args: missing.append(args[0])
-    )
-    wanted = streams(dense, 1).double()
-    streams(model, 1)
-    handle.remove()
-    below.remove()
-    a, x = torch.cat(inputs)[real].double(), torch.cat(missing)[real].double()
-    both = fitting + judging
-    assert both.tokens == int(real.sum())
-    every = torch.cat([batch["attention_mask"] for batch in batches])
-    assert judging.tokens == int(every[3::4].sum())
-    torch.testing.assert_close(both.aa, a.T @ a, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(both.ta, (wanted - x).T @ a, rtol=1e-4, atol=1e-3)
+    assert model.config.use_cache
+    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_a_model_that_lost_nothing_stays():
     model = make("bert")
-    dense, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-    fit_in_sequence(model, dense, batches_of(model, 8))
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-4)
+    found = sequential_weights(model, {}, batches_of(model, 8))
+    for name, (weight, bias) in found.items():
+        layer = model.get_submodule(name)
+        torch.testing.assert_close(weight, layer.weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(bias, layer.bias, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_says_nothing():
@@ -147,8 +228,8 @@ def test_few_texts_still_have_a_judge(rows, monkeypatch):
     model = make("llama")
     few = {key: value[:rows] for key, value in batches_of(model, 1)[0].items()}
     seen = []
-    monkeypatch.setattr(sequential, "_fitted", lambda layer, fitting, judging: seen.append((fitting, judging)))
-    fit_in_sequence(model, copy.deepcopy(model), [few])
+    monkeypatch.setattr(Sums, "__add__", lambda fitting, judging: seen.append((fitting, judging)) or judging)
+    sequential_weights(model, {}, [few])
     lengths = few["attention_mask"].sum(1)
     judges = [index for index in range(rows) if index % 4 == 3 or index == rows - 1]
     assert {judging.tokens for _, judging in seen} == {int(lengths[judges].sum())}

@@ -14,8 +14,10 @@ from resu.integrations.shrink.families import sites_of
 from resu.integrations.shrink.ridge import Sums
 from resu.integrations.shrink.weights import weight_of
 
-__all__ = ["fitted_weights", "put_weights"]
+__all__ = ["Fitted", "fitted_weights", "put_weights"]
 
+#: A weight ``[out, kept columns]`` and a bias ``[out]`` or None, in the dtype of their layer.
+Fitted = tuple[Tensor, Tensor | None]
 Batch = Mapping[str, Tensor]
 Progress = Callable[[int, int, str], None]
 _HELD = 1 << 27  # numbers of second moments at a time: 1 GiB
@@ -24,7 +26,7 @@ _DAMPING = 1e-3  # of the mean second moment
 
 def fitted_weights(
     model: Any, units: Mapping[str, Tensor], batches: Sequence[Batch], progress: Progress | None = None
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+) -> dict[str, Fitted]:
     """Weights and biases for the layers that read the units that stay, to be put there after the removal.
 
     With ``a`` the input of such a layer as the model is now, ``S`` its columns that stay, and ``C`` the covariance of
@@ -40,12 +42,12 @@ def fitted_weights(
         progress: Called with (done, total, what).
 
     Returns:
-        ``{name of the reading layer: (weight float64 [out, kept columns], bias float64 [out] or None)}``.
+        ``{name of the reading layer: (weight [out, kept columns], bias [out] or None)}`` in the layer's dtype.
     """
     base = model.base_model
     sites = [site for site in sites_of(model) if site.name in units and len(units[site.name]) < site.count]
     stay = {site.outer: site.columns.of(units[site.name]) for site in sites}
-    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    found: dict[str, Fitted] = {}
     for part in _parts({name: base.get_submodule(name) for name in stay}, stay):
         watched = _Watched(part, stay)
         try:
@@ -54,9 +56,10 @@ def fitted_weights(
         finally:
             watched.remove()
         for name, layer in part.items():
-            kept, centred = stay[name].to(weight_of(layer).device), getattr(layer, "bias", None) is not None
-            weight, bias = watched.sums.pop(name).fit(weight_of(layer).double()[:, kept], _DAMPING, centred)
-            found[name] = weight, bias if centred else None
+            before, centred = weight_of(layer), getattr(layer, "bias", None) is not None
+            kept = before[:, stay[name].to(before.device)].double()
+            weight, bias = watched.sums.pop(name).fit(kept, _DAMPING, centred)
+            found[name] = weight.to(before.dtype), bias.to(before.dtype) if centred else None
     return found
 
 
@@ -90,7 +93,8 @@ class _Watched:
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             real = self._real.to(output.device)
             values = inputs[0].detach()[real].index_select(-1, stay.to(output.device))
-            self.sums[name].add(values.float(), output.detach()[real].float())
+            wide = torch.promote_types(values.dtype, torch.float32)
+            self.sums[name].add(values.to(wide), output.detach()[real].to(wide))
 
         return add
 
@@ -99,7 +103,7 @@ class _Watched:
             hook.remove()
 
 
-def put_weights(model: Any, fitted: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+def put_weights(model: Any, fitted: Mapping[str, Fitted]) -> None:
     """Put fitted weights in place, after the units they do without are gone."""
     base = model.base_model
     with torch.no_grad():

@@ -8,7 +8,7 @@ residual stream as it is. :func:`remove` checks this in float64 on random tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from resu.integrations.shrink.families import Site, blocks_of, sites_of
 from resu.pruning.structured.attributes import set_attribute
 from resu.pruning.structured.verify import compare, double_copy
 
-__all__ = ["TOLERANCE", "RemovalError", "masked", "remove"]
+__all__ = ["TOLERANCE", "RemovalError", "handing_on", "masked", "remove"]
 
 #: Largest difference from the masked model, in float64, relative to the largest output.
 TOLERANCE = 1e-9
@@ -108,24 +108,28 @@ def masked(model: Any, units: Mapping[str, Tensor], blocks: Sequence[int] | None
     given.
     """
     base = model.base_model
-    handles, skipped = [], []
-    try:
+    with ExitStack() as stack:
         for site in sites_of(model):
             if site.name in units:
                 gone = torch.ones(site.count, dtype=torch.bool)
                 gone[units[site.name]] = False
                 columns = site.columns.of(gone.nonzero().view(-1))
-                handles.append(base.get_submodule(site.outer).register_forward_pre_hook(_silence(columns)))
+                hook = base.get_submodule(site.outer).register_forward_pre_hook(_silence(columns))
+                stack.callback(hook.remove)
         for index, block in enumerate(blocks_of(model)):
             if blocks is not None and index not in blocks:
-                skipped.append(block)
-                block.forward = _hand_on
+                stack.enter_context(handing_on(block))
+        yield
+
+
+@contextmanager
+def handing_on(block: Any) -> Iterator[None]:
+    """A block that gives what it is given, for as long as the context lasts."""
+    block.forward = _hand_on
+    try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        for block in skipped:
-            del block.forward
+        del block.forward
 
 
 def _silence(columns: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Sums:
     tt: float = 0.0
 
     def add(self, a: Tensor, t: Tensor) -> None:
-        """Add tokens: inputs ``[tokens, in]`` and targets ``[tokens, out]``, float32."""
+        """Add tokens: inputs ``[tokens, in]`` and targets ``[tokens, out]``, float32 or float64."""
         # float32 holds the products of one batch; sums over batches need more.
         self.tokens += len(a)
         self.a, self.t = self.a + a.sum(0, dtype=torch.float64), self.t + t.sum(0, dtype=torch.float64)
@@ -70,11 +71,18 @@ class Sums:
             penalty: λ, in means of the diagonal of the inputs' second moments.
             centred: Whether there is a bias, which takes up the means, so that moments are about them; else it is 0.
         """
+        return next(self.fits(weight, (penalty,), centred))
+
+    def fits(self, weight: Tensor, penalties: Iterable[float], centred: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """:meth:`fit` for one penalty after another."""
         n = max(self.tokens, 1)
-        aa, ta, a, t = self.aa / n, self.ta / n, self.a / n, self.t / n
+        inner, ta, a, t = self.aa / n, self.ta / n, self.a / n, self.t / n
         if centred:
-            aa, ta = aa - torch.outer(a, a), ta - torch.outer(t, a)
-        damping = penalty * float(aa.diagonal().mean().clamp(min=1e-30))
-        inner = aa + damping * torch.eye(len(aa), dtype=aa.dtype, device=aa.device)
-        fitted = torch.linalg.solve(inner, (ta + damping * weight).T).T
-        return fitted, t - fitted @ a if centred else torch.zeros_like(t)
+            inner.addr_(a, a, alpha=-1)
+            ta.addr_(t, a, alpha=-1)
+        moments = inner.diagonal().clone()
+        for penalty in penalties:
+            damping = penalty * float(moments.mean().clamp(min=1e-30))
+            inner.diagonal().copy_(moments + damping)
+            fitted = torch.linalg.solve(inner, (ta + damping * weight).T).T
+            yield fitted, t - fitted @ a if centred else torch.zeros_like(t)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resu.integrations.shrink.activity import evaluating
-from resu.integrations.shrink.families import Site, sites_of
-from resu.integrations.shrink.refit import put_weights
+from resu.core.layers import every_weight, is_conv1d_of_transformers
+from resu.integrations.shrink.families import Site, blocks_of, family_of, sites_of
+from resu.integrations.shrink.refit import Fitted
+from resu.integrations.shrink.removal import handing_on
 from resu.integrations.shrink.ridge import Sums
 from resu.integrations.shrink.weights import weight_of
+from resu.pruning.layerwise import Activations, Walk
 
-__all__ = ["check_batches", "fit_in_sequence"]
+__all__ = ["check_batches", "sequential_weights"]
 
 Batch = Mapping[str, Tensor]
 Progress = Callable[[int, int, str], None]
@@ -22,55 +26,81 @@ _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean second moment
 _JUDGES = 4  # one text in so many judges the penalty
 
 
-def fit_in_sequence(
+def sequential_weights(
     model: Any,
-    dense: Any,
+    units: Mapping[str, Tensor],
     batches: Sequence[Batch],
     blocks: Sequence[int] | None = None,
+    start: Mapping[str, Fitted] | None = None,
     progress: Progress | None = None,
-) -> None:
-    """Fit the layers that write to the residual stream, in place and in order, to the stream of the model as it was.
+) -> dict[str, Fitted]:
+    """Weights and biases for the layers that write to the residual stream, to be put there after the removal.
 
-    For each such layer (what mixes the heads, what leads out of the feed-forward width), with ``ã`` its input in the
-    smaller model, ``y`` its output in the model as it was, and ``x``, ``x̃`` the stream that the output is added to in
-    both: ``W'`` minimises ``E‖(y + x − x̃) − W'ã‖² + λ‖W' − W‖²``, with a bias where the layer has one. So it makes up
-    for what the layers before it changed, blocks that were taken out among them; targets are not those of the layer
-    alone, as in ThiNet (Luo et al. 2017, arXiv 1707.06342, eq. 6), and inputs are those that the layer will have, as in
-    layer-wise reconstruction since Channel Pruning (He et al. 2017, arXiv 1707.06168, sec. 3.2). Where a norm stands
-    between the layer and the sum (Gemma 2) the target is ``y``. ``λ`` is the one whose fit on three of four texts errs
-    least on the fourth ones; where every fit errs more than the weights that are there, these stay. Each layer takes a
-    pass of both models up to that layer.
+    They are fitted in order, to the stream of the model as it is. For each such layer (what mixes the heads, what leads
+    out of the feed-forward width), with ``ã`` its input in the smaller model, ``y`` its output in the model as it is,
+    and ``x``, ``x̃`` the stream that the output is added to in both: ``W'`` minimises
+    ``E‖(y + x − x̃) − W'ã‖² + λ‖W' − W‖²``, with a bias where the layer has one. So it makes up for what the layers
+    before it changed, blocks that go among them; targets are not those of the layer alone, as in ThiNet (Luo et al.
+    2017, arXiv 1707.06342, eq. 6), and inputs are those that the layer will have, as in layer-wise reconstruction since
+    Channel Pruning (He et al. 2017, arXiv 1707.06168, sec. 3.2). Where a norm stands between the layer and the sum
+    (Gemma 2) the target is ``y``. ``λ`` is the one whose fit on three of four texts errs least on the fourth ones;
+    where every fit errs more than the weights that are there, these stay.
+
+    The smaller model is this one with layers that read only the units that stay, so that there is no second one. All
+    batches run through both models block by block, about four times through each block. Held meanwhile, in main memory,
+    are both streams: of each ``tokens · hidden`` numbers of the model's dtype, padding included, and twice that where a
+    block hands them on; beside them masks and positions, as a block is given them; and of one layer about four times
+    ``in · (in + out)`` float64 numbers.
 
     Args:
-        model: The smaller model, changed in place.
-        dense: The model as it was.
+        model: Before the removal; it stays as it is.
+        units: Kept units by site; sites not named keep all.
         batches: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``; two texts in all at least.
-        blocks: Which blocks of ``dense`` stayed; None: all.
+        blocks: Which blocks stay, ascending; None: all.
+        start: Weights to begin with, as :func:`resu.integrations.shrink.refit.fitted_weights` gives them; where there
+            are none, the columns that stay.
         progress: Called with (done, total, what).
+
+    Returns:
+        ``{name of the layer: (weight [out, kept columns], bias [out] or None)}`` in the layer's dtype, of all such
+        layers of blocks that stay.
 
     Raises:
         ValueError: With fewer than two texts.
     """
     check_batches(batches)
-    small, whole = sites_of(model), sites_of(dense)
-    stay = range(len(small)) if blocks is None else blocks
-    by_place = {(site.block, site.kind): site for site in whole}
-    judges = _judges(batches)
-    with torch.no_grad(), evaluating(model), evaluating(dense):
-        for done, site in enumerate(small):
-            pair = by_place[stay[site.block], site.kind]
-            fitting, judging = Sums(), Sums()
-            for batch, judge in zip(batches, judges, strict=True):
-                inputs, wanted = _seen(model, site, dense, pair, batch)
-                real = batch["attention_mask"].bool()
-                for sums, rows in ((fitting, ~judge), (judging, judge)):
-                    tokens = (real & rows[:, None].to(real.device)).to(inputs.device)
-                    sums.add(inputs[tokens], wanted[tokens])
-            found = _fitted(model.base_model.get_submodule(site.outer), fitting, judging)
-            if found is not None:
-                put_weights(model, {site.outer: found})
-            if progress is not None:
-                progress(done + 1, len(small), "fitting layer by layer")
+    base, stay = model.base_model, range(len(blocks_of(model))) if blocks is None else blocks
+    sites = [site for site in sites_of(model) if site.block in stay]
+    names = {f"{site.outer}.weight" for site in sites}
+    layers = {name: layer for name, layer in every_weight(base).items() if name in names}
+    judges, found = _judges(batches), dict[str, Fitted]()
+    before: Activations = [{} for _ in batches]
+    now: Activations = [{} for _ in batches]
+    with Walk(base, layers, batches, blocks=f"{family_of(model).blocks}.*") as walk:
+        for unit in walk.units:
+            here = [_Narrow(base, site, units, start or {}) for site in sites if site.block == unit.index]
+            weights = {name: x for layer in here for name, x in layer.parameters(unit.name).items()}
+            with walk.at(unit, before) as whole, walk.at(unit, now) as small:
+                for layer in here:
+                    fitting, judging = Sums(), Sums()
+                    for i, (batch, judge) in enumerate(zip(batches, judges, strict=True)):
+                        dense, output = _seen(base, layer.site, partial(whole.run, i))
+                        if output is not None:
+                            whole.keep(i, output)
+                        ours, _ = _seen(base, layer.site, partial(small.run, i, weights))
+                        inputs, wanted = layer.regression(dense, ours)
+                        real = batch["attention_mask"].bool()
+                        for sums, rows in ((fitting, ~judge), (judging, judge)):
+                            tokens = (real & rows[:, None].to(real.device)).to(inputs.device)
+                            sums.add(inputs[tokens], wanted[tokens])
+                    layer.fit(fitting, judging)
+                    found[layer.site.outer] = layer.kept
+                    if progress is not None:
+                        progress(len(found), len(sites), "fitting layer by layer")
+                with nullcontext() if here else handing_on(small.block):
+                    for i in range(len(batches)):
+                        small.keep(i, small.run(i, weights))
+    return found
 
 
 def check_batches(batches: Sequence[Batch]) -> None:
@@ -92,58 +122,83 @@ def _judges(batches: Sequence[Batch]) -> list[Tensor]:
     return list(judge.split(sizes))
 
 
+class _Narrow:
+    """A layer that reads only the columns that stay: its parameters, with zeros in the others."""
+
+    def __init__(self, base: nn.Module, site: Site, units: Mapping[str, Tensor], start: Mapping[str, Fitted]) -> None:
+        self.site, layer = site, base.get_submodule(site.outer)
+        weight, bias = weight_of(layer), getattr(layer, "bias", None)
+        stay = units.get(site.name, torch.arange(site.count))
+        self.columns = site.columns.of(stay).to(weight.device)
+        self._weight = torch.zeros_like(layer.get_parameter("weight"), requires_grad=False)
+        self._bias = None if bias is None else bias.detach().clone()
+        self._turned = is_conv1d_of_transformers(layer)
+        self._put(start.get(site.outer, (weight[:, self.columns], self._bias)))
+
+    def _put(self, fitted: Fitted) -> None:
+        weight, bias = fitted
+        lying = self._weight.T if self._turned else self._weight
+        lying[:, self.columns] = weight.to(lying.dtype)
+        if self._bias is not None and bias is not None:
+            self._bias.copy_(bias)
+
+    @property
+    def kept(self) -> Fitted:
+        """The columns that stay, and the bias."""
+        return (self._weight.T if self._turned else self._weight)[:, self.columns], self._bias
+
+    def parameters(self, block: str) -> dict[str, Tensor]:
+        """By their names in the block; they change with the fit."""
+        name = self.site.outer.removeprefix(f"{block}.")
+        return {f"{name}.weight": self._weight} | ({} if self._bias is None else {f"{name}.bias": self._bias})
+
+    def regression(self, dense: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is read, and what should be given, ``[batch, tokens, …]`` each, by what was seen of both models."""
+        wanted = dense["output"]
+        if "stream" in dense:
+            wanted = wanted + (dense["stream"] - ours["stream"])
+        return ours["input"].index_select(-1, self.columns), wanted
+
+    def fit(self, fitting: Sums, judging: Sums) -> None:
+        """Take the weights of least error, which may be those that are there."""
+        weight, bias = (None if x is None else x.double() for x in self.kept)
+        assert weight is not None
+        centred, now = bias is not None, weight.new_zeros(len(weight)) if bias is None else bias
+        errors = [judging.error(*one) for one in fitting.fits(weight, _PENALTIES, centred)]
+        if min(errors) < judging.error(weight, now):
+            penalty = _PENALTIES[errors.index(min(errors))]
+            self._put((fitting + judging).fit(weight, penalty, centred))
+
+
 class _ReachedError(Exception):
-    """Ends a pass at the layer that is looked at."""
+    """Ends a run of a block behind the layer that is looked at."""
 
 
-def _seen(model: Any, site: Site, dense: Any, pair: Site, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Inputs of the layer in the smaller model, and what its outputs should be, ``[batch, tokens, …]`` each."""
-    inputs, stream = _pass(model, site, batch, outputs=False)
-    wanted, before = _pass(dense, pair, batch, outputs=True)
-    if stream is not None and before is not None:
-        wanted = wanted + (before - stream)
-    return inputs, wanted
+def _seen(base: nn.Module, site: Site, run: Callable[[], Any]) -> tuple[dict[str, Tensor], Any]:
+    """The stream, and the input and output of a site's layer, while a block runs; and what the block gives.
 
-
-def _pass(model: Any, site: Site, batch: Batch, *, outputs: bool) -> tuple[Tensor, Tensor | None]:
-    """The input of a site's outer layer, or its output; and the stream beside it."""
+    Behind the heads a block has most of its work still before it, so it ends there, and gives None.
+    """
     found: dict[str, Tensor] = {}
 
+    def wide(x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
     def stream(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found["stream"] = (args[0] if args else kwargs["hidden_states"]).float()
+        found["stream"] = wide(args[0] if args else kwargs["hidden_states"])
 
-    def inputs(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found["layer"] = args[0].float()
-        raise _ReachedError
+    def layer(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        found["input"], found["output"] = wide(args[0]), wide(output)
+        if site.kind == "heads":
+            raise _ReachedError
 
-    def output(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        found["layer"] = out.float()
-        raise _ReachedError
-
-    base = model.base_model
-    outer = base.get_submodule(site.outer)
-    hooks = [outer.register_forward_hook(output) if outputs else outer.register_forward_pre_hook(inputs)]
+    hooks = [base.get_submodule(site.outer).register_forward_hook(layer)]
     if site.stream is not None:
         hooks.append(base.get_submodule(site.stream).register_forward_pre_hook(stream, with_kwargs=True))
-    device = next(model.parameters()).device
     try:
-        base(**{key: value.to(device) for key, value in batch.items()})
+        return found, run()
     except _ReachedError:
-        pass
+        return found, None
     finally:
         for hook in hooks:
             hook.remove()
-    return found["layer"], found.get("stream")
-
-
-def _fitted(layer: nn.Module, fitting: Sums, judging: Sums) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of least error; None: those that are there."""
-    weight, bias = weight_of(layer).double(), getattr(layer, "bias", None)
-    centred = bias is not None
-    now = weight.new_zeros(len(weight)) if bias is None else bias.double()
-    errors = {p: judging.error(*fitting.fit(weight, p, centred)) for p in _PENALTIES}
-    best = min(errors, key=lambda p: errors[p])
-    if not errors[best] < judging.error(weight, now):
-        return None
-    fitted, offset = (fitting + judging).fit(weight, best, centred)
-    return fitted, offset if centred else None

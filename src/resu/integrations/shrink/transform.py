@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +15,7 @@ from resu.integrations.shrink.plan import Fractions, choose_blocks, choose_units
 from resu.integrations.shrink.refit import fitted_weights, put_weights
 from resu.integrations.shrink.removal import remove
 from resu.integrations.shrink.scores import Calibration, score_units
-from resu.integrations.shrink.sequential import check_batches, fit_in_sequence
+from resu.integrations.shrink.sequential import check_batches, sequential_weights
 
 __all__ = ["UPDATES", "Shrunk", "check_update", "shrink_transformer"]
 
@@ -83,8 +82,8 @@ def shrink_transformer(
         update: None; or ``"least-squares"``: fit the layers that read what is left
             (:func:`resu.integrations.shrink.refit.fitted_weights`; needs batches); or ``"sequential"``: after that all
             layers that write to the residual stream, one after another, to what the stream was
-            (:func:`resu.integrations.shrink.sequential.fit_in_sequence`; needs two texts at least, holds a copy of
-            the model meanwhile, and takes a pass over the batches per layer).
+            (:func:`resu.integrations.shrink.sequential.sequential_weights`; needs two texts at least, and holds what
+            passes between two blocks meanwhile).
         round_to: The width that stays is a multiple of it, or whole.
         seed: Of random numbers.
         progress: Called with (done, total, what).
@@ -136,21 +135,19 @@ def shrink_to(
     progress: Progress | None = None,
 ) -> Shrunk:
     """:func:`shrink_transformer` with the number of units of each site, and the blocks that stay."""
-    sequential = update == "sequential"
-    if sequential:
+    if update == "sequential":
         check_batches(batches)
-    dense = copy.deepcopy(model) if sequential else None
     sites = sites_of(model)
     stay = range(len(blocks_of(model))) if blocks is None else blocks
     place = {block: index for index, block in enumerate(stay)}  # blocks move up where others go
     scores = score_units(model, method, Calibration(batches, seed, progress))
     units = choose_units(scores, {site.name: counts[site.name] for site in sites if site.block in place})
     fitted = {} if update is None else fitted_weights(model, units, batches, progress)
+    if update == "sequential":
+        fitted = sequential_weights(model, units, batches, blocks, fitted, progress)
     moved = {site.outer: _moved(site.outer, site.block, place.get(site.block, site.block)) for site in sites}
     verified = remove(model, units, blocks)
     put_weights(model, {moved[name]: value for name, value in fitted.items()})
-    if sequential:
-        fit_in_sequence(model, dense, batches, blocks, progress)
     return Shrunk(units, blocks, verified)
 
 
