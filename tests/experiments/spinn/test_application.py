@@ -40,8 +40,8 @@ def test_it_trains_prunes_and_reports(made, tmp_path):
     told = []
     report = build(made, "data", tmp_path / "out", progress=lambda *what: told.append(what))
     assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
-    assert told[0] == (0, 7, "dense network")
-    assert told[-1] == (7, 7, "done")
+    assert told[0] == (0, 8, "dense network")
+    assert told[-1] == (8, 8, "done")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(report))
     assert [stage["accepted"] for stage in report["stages"]] == [True] * 4
     assert report["structured_difference"] < 1e-9
@@ -51,6 +51,10 @@ def test_it_trains_prunes_and_reports(made, tmp_path):
     assert "A quick run" in page
     assert "µm/s per (force × speed, N)" in page
     assert "network.2.weight" in page
+    (found,) = report["new_tools"]
+    assert (found["group"], found["rest"]) == (5, 28)
+    assert found["adapted"] != found["before"] != found["retrained"]
+    assert f"| 5 | 28 | {found['before']:.3g} | {found['adapted']:.3g} | {found['retrained']:.3g} |" in page
 
 
 def test_a_run_goes_on_and_ends_alike(made, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from resu.core.io import FileFormatError, replacing
+from resu.experiments.spinn.adaptation import compare_adaptation, first_part
 from resu.experiments.spinn.fitting import Recipe, physics_rms
 from resu.experiments.spinn.latency import latencies, packed
 from resu.experiments.spinn.laws import law_for
@@ -98,7 +99,7 @@ def build(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _same_run(out / "settings.json", settings)
-    total = len(plan) + 3
+    total = len(plan) + 4
     progress(0, total, "dense network")
     dense = _dense(settings, data, out / "dense.safetensors")
     sparse = copy.deepcopy(dense)
@@ -117,11 +118,13 @@ def build(
     progress(1 + len(plan), total, "neurons")
     torch.manual_seed(settings.seed)
     structured, difference = remove_neurons(dense, data, settings.recipe, target=settings.sparsity)
-    progress(2 + len(plan), total, "report")
+    progress(2 + len(plan), total, "new tools")
+    new_tools = _new_tools(settings, data, sparse)
+    progress(3 + len(plan), total, "report")
     twins = {"dense": dense, "sparse": sparse, "structured": structured}
     for name in ("sparse", "structured"):
         write_model(twins[name], out / f"{name}.safetensors", overwrite=True)
-    report = _report(settings, data, twins, result, difference)
+    report = _report(settings, data, twins, result, difference) | {"new_tools": new_tools}
     _write(out, report, data, twins)
     progress(total, total, "done")
     return report
@@ -157,6 +160,17 @@ def _dense(settings: Settings, data: Prepared, path: Path) -> Twin:
     with replacing(seal, overwrite=True) as temporary:
         temporary.write_text(json.dumps({"checksum": model_checksum(twin)}) + "\n", encoding="utf-8")
     return twin
+
+
+def _new_tools(settings: Settings, data: Prepared, sparse: Twin) -> list[dict[str, Any]]:
+    """What adapting to each held-out group does, and what training anew does; both see the first part of its life."""
+    found = []
+    for group in data.recording.parts[2]:
+        if all(len(part) for part in first_part(data, group)):
+            result = compare_adaptation(sparse, data, group, [None], settings.recipe, seed=settings.seed)
+            (adapted,) = result.adapted
+            found.append({"group": group, **asdict(result), "adapted": adapted})
+    return found
 
 
 def _report(

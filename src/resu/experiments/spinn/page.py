@@ -38,6 +38,7 @@ def page(report: Mapping[str, Any]) -> str:
         "## Pruning, stage by stage\n",
         _stages(report),
         "![What pruning removed](removed.png)\n",
+        _new_tools(report),
     ]
     if report["settings"]["quick"]:
         parts.insert(
@@ -76,6 +77,23 @@ def _physics(report: Mapping[str, Any]) -> str:
     told = [f"- {name}: {value}" for name, value in report["networks"]["sparse"]["constants"].items()]
     terms = _table(["off by (RMS)", *names, "unit"], rows)
     return f"## Physics\n\n{terms}\nLearned constants of the sparse network:\n\n" + "\n".join(told) + "\n"
+
+
+def _new_tools(report: Mapping[str, Any]) -> str:
+    kind = next(iter(report["held_out"]))
+    rows = [
+        [
+            *(f"{found['group']}", f"{found['rest']}", f"{found['before']:.3g}", f"{found['adapted']:.3g}"),
+            *(f"{found['retrained']:.3g}", f"{100 * found['cost']:.1f} %"),
+        ]
+        for found in report["new_tools"]
+    ]
+    head = [kind, "rows judged", "before", "adapted", "trained anew", "multiply-adds of adapting"]
+    return (
+        f"## A new {kind}\n\nThe sparse twin learns from the first 30 % of what it does not know, in its output layer "
+        f"alone, or a dense one is trained again with it. Errors (RMS, {report['unit']}) are those on the rest; "
+        f"multiply-adds are a share of training's.\n\n{_table(head, rows)}"
+    )
 
 
 def _stages(report: Mapping[str, Any]) -> str:
