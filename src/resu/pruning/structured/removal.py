@@ -75,6 +75,7 @@ class Removal:
         self._placed = {n: slot.tensor for n, slot in slots(model).items() if isinstance(slot.tensor, nn.Parameter)}
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def shrink_tensors(
     model: nn.Module,

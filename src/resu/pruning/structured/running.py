@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,14 +46,24 @@ class _Wide(TorchDispatchMode):
 
 @contextmanager
 def plain_forward() -> Iterator[None]:
-    """Inside, models run without gradients and without fused kernels for attention."""
+    """Inside, models run without gradients, and what is compiled, or fused for attention, as it is written."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Inside, compiled modules run as they are written: each copy would be compiled anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the compiler takes seconds to import
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

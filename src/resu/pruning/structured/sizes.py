@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from resu.pruning.structured.running import call, plain_forward
 
@@ -52,9 +53,27 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         >>> count_macs(nn.Linear(4, 3), torch.zeros(2, 4))
         24
     """
-    with _evaluating(model), plain_forward(), FlopCounterMode(display=False) as counter:
+    counter = _Flops()
+    with _evaluating(model), plain_forward(), counter:
         call(model, example_inputs)
-    return int(counter.get_total_flops()) // 2
+    return counter.total // 2
+
+
+class _Flops(TorchDispatchMode):
+    """Counts by torch's formulas; unlike ``FlopCounterMode`` without hooks on modules, which not all models bear."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += int(count(*args, **(kwargs or {}), out_val=out))
+        return out
 
 
 @dataclass(frozen=True)

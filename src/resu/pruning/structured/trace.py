@@ -7,6 +7,7 @@ without a rule fixes whatever enters it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,7 +176,9 @@ class Watcher(TorchDispatchMode):
             hooks.register_module_forward_hook(lambda module, *_: self._leave(module), always_call=True),
         ]
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,0 +1,77 @@
+"""However a model is run around the removal: compiled, in inference mode, with parts of parameters handed on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resu.pruning.structured import BlockPruner, StructuredPruner
+from resu.pruning.structured.sizes import count_macs
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.inner(x)
+        return out
+
+
+def stack() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 6), Residual(), Residual(), nn.Linear(6, 2))
+
+
+X = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+def test_in_inference_mode_parameters_stay_trainable() -> None:
+    for inference in (X, None):
+        model, other = stack(), stack()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torch.inference_mode():
+            x = torch.ones(4, 3) if inference is None else inference
+            result = StructuredPruner(0.5, x).prune(model, optimizer)
+            BlockPruner(0.5, x, calibration=[x]).prune(other)
+        assert result.macs[1] < result.macs[0] == count_macs(stack(), X)
+        for made in (model, other):
+            made(X).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at it
+def test_nothing_is_compiled_to_try_things_out() -> None:
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    model = torch.compile(stack(), backend=backend)
+    before = model(X).shape
+    assert len(graphs) == 1
+    result = StructuredPruner(0.5, X).prune(model)
+    assert len(graphs) == 1
+    assert model(X).shape == before
+    assert len(graphs) == 2  # of the smaller model
+    assert all(small < whole for whole, small in result.units.values())
+
+
+def test_parts_of_parameters_are_handed_on() -> None:
+    class Hands(nn.Module):
+        """As the table of relative positions of DeBERTa."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.a, self.b = nn.Embedding(5, 4), nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.a(x).relu()) + self.b(self.a(self.table.weight[:4].unsqueeze(0))).mean()
+            return out
+
+    model = Hands()
+    assert count_macs(model, torch.zeros(3, 4)) == 3 * (32 + 16) + 4 * (32 + 16)
+    assert StructuredPruner(0.5, torch.zeros(3, 4)).prune(model).units["a"] == (8, 4)
