@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from resu.pruning.statistics import eager, undisturbed
-from resu.pruning.structured.running import call, differentiable_outputs, in_float64
+from resu.pruning.structured.outputs import difference
+from resu.pruning.structured.running import call, cloned, differentiable_outputs, in_float64
 from resu.pruning.structured.slots import slots
 from resu.pruning.structured.trace import check_runs
 from resu.pruning.structured.training import seeded
@@ -21,6 +22,9 @@ __all__ = ["Call", "calls_of", "changed_kinds", "hindrance", "passes_on", "untra
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _LARGE = 1e3  # a clamp after the sum shows itself on large inputs only
+_GRADIENTS = 1e-6  # largest difference of gradients, over the largest
+# Whole numbers that may well rise by one from a block to the next, and are no count of blocks.
+_GEOMETRY = {"dilation", "stride", "padding", "kernel", "size", "width", "dim", "channels", "rate", "rank", "expansion"}
 _DERIVED = ("torch.nn.utils.", "transformers.")  # their hooks make weights, or note outputs down: no one misses them
 
 
@@ -46,7 +50,7 @@ def calls_of(model: nn.Module, inputs: Any) -> dict[str, list[Call]]:
     large = map_leaves(lambda _, x: x * _LARGE if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
     with _watching(model, names, before, after), in_float64(), eager(model):
-        call(model, map_leaves(lambda _, x: x.clone() if isinstance(x, Tensor) else x, inputs))
+        call(model, cloned(inputs))
         with suppress(Exception):  # whatever a model may raise where it checks what it is given
             call(model, large)
     return {name: calls for name, calls in found.items() if name not in odd}
@@ -133,7 +137,8 @@ def _place(model: nn.Module, name: str) -> str | None:
         if isinstance(getattr(module, "layer_idx", None), int):
             return "layer_idx"
         for attribute, value in vars(module).items():
-            if type(value) is int and len(beside) > 1 and _counts(beside, path, attribute):
+            geometry = _GEOMETRY & set(attribute.lower().split("_"))
+            if type(value) is int and not geometry and len(beside) > 1 and _counts(beside, path, attribute):
                 return str(attribute)
     return None
 
@@ -171,23 +176,36 @@ def changed_kinds(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[s
     return found
 
 
-def untrainable(whole: nn.Module, small: nn.Module, inputs: Any) -> str | None:
-    """Why gradients, which the whole model has, do not get through the smaller one; None where they do.
+def untrainable(masked: nn.Module, small: nn.Module, inputs: Any) -> str | None:
+    """Why training would go otherwise without a block than with the block zeroed; None where it would not.
 
-    Without a block what comes after it may write into what is before it, that gradients need.
+    Without a block what comes after it may write into what is before it, that gradients need. And a block may give its
+    input back, but not the gradients, as where it detaches its shortcut or turns their sign.
     """
-    if _backward(whole, inputs) is not None:
+    wanted = _gradients(masked, inputs)
+    if isinstance(wanted, str):
         return None
-    error = _backward(small, inputs)
-    return None if error is None else f"it could not be trained without it: {error}"
+    got = _gradients(small, inputs)
+    if isinstance(got, str):
+        return f"it could not be trained without it: {got}"
+    names = [name for name in got if bool(torch.isfinite(wanted[name]).all())]
+    if not names:
+        return None
+    # All in one: some gradients are rounding only, as of a bias that a softmax does not see.
+    vectors = [torch.cat([grads[name].reshape(-1) for name in names]) for grads in (wanted, got)]
+    if difference(vectors[:1], vectors[1:], _GRADIENTS):
+        return None
+    return "gradients would be others without it: it does not pass them on, as where it detaches its shortcut"
 
 
-def _backward(model: nn.Module, inputs: Any) -> str | None:
-    own = map_leaves(lambda _, x: x.clone() if isinstance(x, Tensor) else x, inputs)
+def _gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor] | str:
+    """Of a sum of the outputs with random weights, by parameter; or what went wrong."""
+    generator = torch.Generator().manual_seed(0)
     try:
-        outputs = differentiable_outputs(model, own)
+        outputs = differentiable_outputs(model, cloned(inputs))
+        weights = [torch.randn(out.shape, dtype=out.dtype, generator=generator).to(out.device) for out in outputs]
         if outputs:
-            torch.autograd.backward([out.sum() for out in outputs])
+            torch.autograd.backward(outputs, weights)
     except Exception as error:  # whatever a model may raise
         return " ".join(str(error).split())[:200]
-    return None
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}

@@ -64,8 +64,8 @@ def find_blocks(
 
     Residual blocks whose shortcut is the identity are, also with a ReLU after the sum where what comes in is positive;
     blocks that change the shape, and post-norm blocks (a norm after the sum), are not. Where one lies inside of
-    another, the inner one is meant; ``include`` can name the outer one. All are then tried in the whole model, with
-    noise on all weights too; what is not right there is refused.
+    another, the inner one is meant, if it has more than vectors; ``include`` can name the outer one. All are then tried
+    in the whole model, with noise on all weights too, and their gradients; what is not right there is refused.
 
     Args:
         model: Not changed.
@@ -103,6 +103,8 @@ def find_blocks(
     changed_kinds(model, [], example_inputs)
     found, refused = [], {}
     for name, calls in calls_of(whole, inputs).items():
+        if name.endswith("._orig_mod"):  # the compiled module around it would go on to call it
+            continue
         if (wanted is not None and not _named(name, wanted)) or _named(name, unwanted):
             continue
         zeroed = copy.deepcopy(whole.get_submodule(name))
@@ -111,6 +113,9 @@ def find_blocks(
             found.append(name)
             if not passes_on(zeroed.train(), calls, rtol):
                 refused[name] = "in training it does not give its input back, as with a dropout on its shortcut"
+    matrices = [name for name in found if _has_matrix(model.get_submodule(name))]
+    # What has vectors only is a part of a block (a scale), if it is inside of one.
+    found = [name for name in found if name in matrices or not any(_inside(name, outer) for outer in matrices)]
     inner = [name for name in found if not any(_inside(other, name) for other in found)]
     refused = {name: why for name, why in refused.items() if name in inner}
     kinds = changed_kinds(model, inner, example_inputs)
@@ -130,9 +135,10 @@ def find_blocks(
         )
         if not outcome:
             return outcome
-        small = copy.deepcopy(whole)
+        masked, small = copy.deepcopy(whole), copy.deepcopy(whole)
+        zero_blocks(masked, names)
         remove_blocks(small, names)
-        reason = untrainable(copy.deepcopy(whole), small, inputs)
+        reason = untrainable(masked, small, inputs)
         return Check(float("inf"), reason) if reason else outcome
 
     if not inner or check(inner):
@@ -217,6 +223,10 @@ def _named(name: str, globs: Collection[str]) -> bool:
 
 def _inside(name: str, outer: str) -> bool:
     return name.startswith(f"{outer}.")
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(sum(n > 1 for n in p.shape) > 1 for p in module.parameters())
 
 
 def _exchange(model: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
