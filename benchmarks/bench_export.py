@@ -236,8 +236,9 @@ def runs(model: str, settings: Sequence[Setting], data: Path, weights: float) ->
             shutil.rmtree(folder)
 
 
-def errors(rows: Sequence[Row]) -> str:
-    """The table of four bits."""
+def tables(out: Path) -> dict[str, str]:
+    """The tables of a page, from the CSV: here that of four bits."""
+    rows = read(out, Row)
     lines = ["| model | scales | bits | mean error of a layer | effect |", "|---|---|---:|---:|---|"]
     effects = {"perplexity": "perplexity on its own stories", "cosine": "cosine of embeddings"}
     for one in rows:
@@ -249,7 +250,7 @@ def errors(rows: Sequence[Row]) -> str:
             lines.append(
                 f"| {one.model}, {pruned} | {scales} | {one.bits:.2f} | {100 * (one.error or 0):.1f} % | {effect} |"
             )
-    return "\n".join(lines)
+    return {"errors": "\n".join(lines)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -273,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             append(given.out, one)
             print(*(value for value in vars(one).values() if value is not None), sep="  ", flush=True)
     if given.page is not None:
-        fill(given.page, {"errors": errors(read(given.out, Row))}.get)
+        fill(given.page, tables(given.out).get)
     return 0
 
 

@@ -83,8 +83,9 @@ def run(folder: Path, method: str, shard: bool, length: int) -> dict[str, float]
     return memory
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Both ways side by side."""
+def tables(out: Path) -> dict[str, str]:
+    """The tables of a page, from the CSV: here both ways side by side."""
+    rows = read(out, Row)
     lines = [
         "| method | state, MB | with `--shard` | peak of a step, MB | with `--shard` |",
         "|---|---:|---:|---:|---:|",
@@ -94,7 +95,7 @@ def table(rows: Sequence[Row]) -> str:
         if len(two) == 2:
             cells = [two[False].state_mb, two[True].state_mb, two[False].peak_mb, two[True].peak_mb]
             lines.append(f"| `{method}` | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
-    return "\n".join(lines)
+    return {"shard": "\n".join(lines)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             append(given.out, row)
             print(row, flush=True)
     if given.page is not None:
-        fill(given.page, {"shard": table(read(given.out, Row))}.get)
+        fill(given.page, tables(given.out).get)
     return 0
 
 

@@ -28,9 +28,15 @@ from torch.nn import functional as F
 
 from machine import machine
 from resu.core.peak_memory import measure_memory
+from resu.experiments.render import fill
 from resu.integrations.peft import QRESUAdapterConfig, RESUAdapterConfig, SparseLoRAAdapterConfig
 
 METHODS = ("lora", "shira", "supertuning", "sparse_lora", "resu", "qresu8", "qresu4")
+WORDS = dict(
+    zip(
+        METHODS, ("LoRA", "SHiRA", "Super-Tuning", "sparse LoRA", "RESU", "QRESU, 8 bits", "QRESU, 4 bits"), strict=True
+    )
+)
 
 
 def config(method: str, targets: list[str], masks: dict[str, Tensor], args: argparse.Namespace) -> peft.PeftConfig:
@@ -88,6 +94,17 @@ def file_bytes(model: Any) -> int:
         return (Path(folder) / "adapter_model.safetensors").stat().st_size
 
 
+def tables(out: Path) -> dict[str, str]:
+    """The table of a page, from the CSV: memory at batch 128."""
+    with out.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["batch"] == "128"]
+    lines = ["| method | trained values | held, MiB | peak, MiB | adapter file, MiB |", "|---|---:|---:|---:|---:|"]
+    for row in sorted(rows, key=lambda row: METHODS.index(row["method"])):
+        figures = " | ".join(f"{float(row[name]):.1f}" for name in ("held_mib", "peak_mib", "file_mib"))
+        lines.append(f"| {WORDS[row['method']]} | {int(row['trained']):_} | {figures} |".replace("_", " "))
+    return {"memory": "\n".join(lines)}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=2048)
@@ -100,7 +117,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peft.csv")
+    parser.add_argument("--page", type=Path, help="only write the table of OUT into this Markdown page")
     args = parser.parse_args(argv)
+    if args.page is not None:
+        fill(args.page, tables(args.out).get)
+        return 0
     torch.set_num_threads(args.threads)
     ready = {method: prepare(method, args) for method in args.methods}
     rows: list[dict[str, Any]] = []

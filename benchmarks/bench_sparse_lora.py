@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from machine import machine
 from resu.core.peak_memory import measure_memory
+from resu.experiments.render import fill
 from resu.pruning.sparse_lora import SparseLoRAConfig, apply_sparse_lora, lora_parameters
 
 WHAT = {
@@ -35,6 +36,16 @@ WHAT = {
     "scale": "the scaled weight tile by tile",
     "sparse_to_sparse_4bit": "the same over a packed 4-bit base",
     "dense_weff": "the masked weight as a dense tensor, by autograd",
+}
+
+
+SHOWN = {
+    "peft": "PEFT's LoRA",
+    "sparse_to_dense": "`sparse_to_dense`",
+    "sparse_to_sparse": "`sparse_to_sparse`",
+    "scale": "`scale`",
+    "sparse_to_sparse_4bit": "`sparse_to_sparse`, `base_bits=4`",
+    "dense_weff": "dense W_eff",
 }
 
 
@@ -95,6 +106,20 @@ def held_bytes(model: nn.Module) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def tables(out: Path) -> dict[str, str]:
+    """The table of a page, from the CSV: time by batch, memory at the smallest batch."""
+    with out.open(newline="") as file:
+        rows = {(row["method"], int(row["batch"])): row for row in csv.DictReader(file)}
+    batches = sorted({batch for _, batch in rows})
+    head = [f"batch {batches[0]}", *map(str, batches[1:]), "held, MiB", "a step's own, MiB"]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for method in dict.fromkeys(method for method, _ in rows):
+        figures = [f"{float(rows[method, batch]['ratio_median']):.2f}" for batch in batches]
+        figures += [f"{float(rows[method, batches[0]][name]):.1f}" for name in ("held_mib", "peak_mib")]
+        lines.append(f"| {SHOWN[method]} | {' | '.join(figures)} |")
+    return {"steps": "\n".join(lines)}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=2048)
@@ -107,7 +132,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=list(WHAT), default=list(WHAT))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sparse_lora.csv")
+    parser.add_argument("--page", type=Path, help="only write the table of OUT into this Markdown page")
     args = parser.parse_args(argv)
+    if args.page is not None:
+        fill(args.page, tables(args.out).get)
+        return 0
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
     methods = list(args.methods)
