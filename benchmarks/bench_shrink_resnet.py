@@ -37,7 +37,8 @@ from resu.experiments.data.dataset import Images
 from resu.experiments.data.folder import find_file, find_folder
 from resu.experiments.data.sources import load
 from resu.experiments.models import load_resnet
-from resu.experiments.rows import append
+from resu.experiments.render import fill
+from resu.experiments.rows import append, read
 from resu.pruning.structured.block_pruner import BlockPruner
 from resu.pruning.structured.pruner import StructuredPruner
 from resu.pruning.structured.sizes import count_macs, count_parameters, latencies
@@ -45,6 +46,15 @@ from resu.pruning.structured.steps import GradualShrinker, shrink_iteratively
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 BLOCKS = "resu, blocks"
+WORDS = {
+    "dense": "nothing",
+    "resu": "channels, as many everywhere",
+    "resu, global": "channels, all compete",
+    "resu, inside": "channels inside of blocks",
+    "resu, blocks and channels": "blocks and channels",
+    BLOCKS: "blocks",
+    "torch-pruning": "torch-pruning: channels inside of blocks",
+}
 
 
 @dataclass(frozen=True)
@@ -162,10 +172,31 @@ def tune(
     return max(result.error for result in gradual.results) if gradual else 0.0
 
 
+def tables(out: Path) -> dict[str, str]:
+    """The table of a page, from the CSV."""
+    lines = [
+        "| ResNet | what went | multiply-adds | parameters | accuracy, % | time, 1 image | time, 64 images |",
+        "|---" * 7 + "|",
+    ]
+    rows = read(out, Row)
+    whole = {row.depth: row for row in rows if row.tool == "dense"}
+    for row in rows:
+        of = whole[row.depth]
+        cells = [
+            str(row.depth),
+            WORDS[row.tool],
+            f"{row.macs / of.macs:.2f}x",
+            f"{row.parameters / of.parameters:.2f}x",
+        ]
+        cells += [f"{row.after:.1f}", f"{row.ratio_1:.2f}x", f"{row.ratio_64:.2f}x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return {"resnet": "\n".join(lines)}
+
+
 def main() -> int:
     """Prune, tune, judge, time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56], choices=(20, 32, 56))
+    parser.add_argument("--depths", type=int, nargs="*", default=[20, 56], choices=(20, 32, 56))
     parser.add_argument("--left", type=float, default=0.5, help="share of the multiply-adds that stays")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=128)
@@ -174,6 +205,7 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", help="only these, and the dense network to time them beside")
     parser.add_argument("--rivals", type=Path, help="folder that torch-pruning is installed in")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shrink_resnet.csv"))
+    parser.add_argument("--page", type=Path, help="Markdown page to write the table into")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = load("cifar10")
@@ -241,6 +273,8 @@ def main() -> int:
                 f"{row.before:6.2f} -> {row.after:6.2f} %  {row.ms_1:6.2f} ms ({row.ratio_1:.2f}), "
                 f"batch 64 {row.ms_64:7.1f} ms ({row.ratio_64:.2f})"
             )
+    if args.page is not None:
+        fill(args.page, tables(args.out).get)
     return 0
 
 

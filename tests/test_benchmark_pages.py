@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import shutil
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -17,33 +15,24 @@ REPO = Path(__file__).parents[1]
 RESULTS = REPO / "benchmarks" / "results"
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A script of ``benchmarks`` as a module."""
-    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
-
-
 @pytest.mark.parametrize(
-    ("name", "csv", "page", "mark", "table"),
+    ("name", "page"),
     [
-        ("bench_export", "export.csv", "export.md", "errors", "errors"),
-        ("bench_finetune_shard", "finetune_shard.csv", "finetune.md", "shard", "table"),
+        ("export", "export"),
+        ("finetune_shard", "finetune"),
+        ("peft", "peft"),
+        ("shrink_resnet", "structured"),
+        ("shrink_transformers", "shrink"),
+        ("sparse_lora", "sparse_lora"),
     ],
 )
-def test_tables_of_benchmarks(
-    benchmark: Any, tmp_path: Path, name: str, csv: str, page: str, mark: str, table: str
-) -> None:
-    module = benchmark(name)
-    copy = Path(shutil.copy(REPO / "docs" / page, tmp_path))
-    rows = read(RESULTS / csv, module.Row)
-    assert rows
-    assert fill(copy, {mark: getattr(module, table)(rows)}.get) == [mark]
-    assert copy.read_text() == (REPO / "docs" / page).read_text()
+def test_tables_of_benchmarks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, page: str) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    tables = importlib.import_module(f"bench_{name}").tables(RESULTS / f"{name}.csv")
+    original = REPO / "docs" / f"{page}.md"
+    copy = Path(shutil.copy(original, tmp_path))
+    assert fill(copy, tables.get) == list(tables)
+    assert copy.read_text() == original.read_text()
 
 
 def test_method_pages(tmp_path: Path) -> None:
