@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,18 @@ from torch import Tensor
 import resu
 from resu.core.io import FileFormatError, open_header, replacing, seal_header, user_metadata
 from resu.core.mask import SparseMask
+from resu.core.shards import read_header
 
-__all__ = ["MASK_FORMATS", "MASK_HEADER", "mask_entries", "mask_format", "read_masks", "write_masks"]
+__all__ = [
+    "MASK_FORMATS",
+    "MASK_HEADER",
+    "each_mask",
+    "mask_entries",
+    "mask_format",
+    "mask_header",
+    "read_masks",
+    "write_masks",
+]
 
 MASK_HEADER = "resu_masks"
 MASK_FORMATS = ("pt", "npz", "safetensors")
@@ -136,6 +146,29 @@ def read_masks(path: str | os.PathLike[str], format: str | None = None) -> tuple
         raise FileFormatError(f"cannot read {path} as masks ({kind}): {reason}") from error
     body = open_header(MASK_HEADER, given, _VERSION, path)
     return checked_masks(packed, body["masks"], path), body
+
+
+def mask_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of a safetensors mask file (``masks`` by name: shape, kept, sha256), without its masks.
+
+    Raises:
+        FileFormatError: If it is damaged or not a mask file.
+    """
+    return open_header(MASK_HEADER, read_header(path)[1], _VERSION, path)
+
+
+def each_mask(path: str | os.PathLike[str], names: Collection[str]) -> Iterator[tuple[str, SparseMask]]:
+    """These masks of a safetensors mask file, one in memory at a time, each compared with its checksum.
+
+    Raises:
+        FileFormatError: If the file is damaged or lacks one of them.
+    """
+    entries = mask_header(path)["masks"]
+    with safe_open(path, framework="pt") as file:
+        held = set(file.keys())
+        for name in names:
+            packed = {name: file.get_tensor(name)} if name in held else {}
+            yield name, checked_masks(packed, {name: entries[name]}, path)[name]
 
 
 _Parts = tuple[Mapping[str, Any], dict[str, Tensor]]

@@ -20,6 +20,7 @@ from resu.formats.bitmask import bitmask_prefixes
 from resu.formats.compressed_config import sparsity_config, with_sparsity_config
 from resu.formats.shards import LAYOUTS, is_packed, write_shard
 from resu.formats.stored import read_config
+from resu.integrations.carried import brought_masks
 from resu.integrations.checkpoint_results import finish
 from resu.integrations.checkpoint_state import Work, settings_of
 from resu.integrations.folders import check_free, put_in_place
@@ -52,9 +53,10 @@ def prune_checkpoint(
     """Prune a checkpoint on disk into a new folder, in memory of a few chunks (or of one weight, see below).
 
     The new folder has the same files with the same tensors and +0.0 at pruned positions, the index, everything beside
-    the weights (configuration, tokenizer, …), ``masks.safetensors`` and the report as ``pruning.json``. It appears
-    whole, at the end; until then the work lies in a hidden folder beside it, which an interruption leaves there and
-    ``resume=True`` continues from the shards that are done, to the same bytes as without the interruption.
+    the weights (configuration, tokenizer, …), ``masks.safetensors`` and the report as ``pruning.json``. Weights that
+    are not pruned now and that the source brings masks of keep these masks. The folder appears whole, at the end; until
+    then the work lies in a hidden folder beside it, which an interruption leaves there and ``resume=True`` continues
+    from the shards that are done, to the same bytes as without the interruption.
 
     What is pruned, how masks are decided and how much memory that takes is as in
     :func:`resu.pruning.streaming.compute_masks_for_state_dict`. Under ``torchrun`` (a file system that all processes
@@ -107,6 +109,7 @@ def prune_checkpoint(
     shards = Shards.open(source)
     _check_places(shards, source, target)
     config = _config(source, layout)
+    brought_masks(source)  # that they can be read is better known before a long work
     options: dict[str, Any] = {
         "sparsity": sparsity,
         "method": method,

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from resu.core.io import replacing
+from resu.core.mask_files import mask_entries
 from resu.core.mask_stream import join_masks
 from resu.core.pattern import NM
 from resu.core.shards import INDEX, Shards
 from resu.formats.compressed_config import sparsity_config, with_sparsity_config
 from resu.formats.shards import is_packed
+from resu.integrations.carried import KEPT, carried_masks, sparser_before
 from resu.integrations.checkpoint_state import Work
 from resu.integrations.folders import copy_companions
 from resu.pruning.mask_plan import MaskPlan
 
 __all__ = ["finish"]
+
+_CARRIED = ".carried"  # no file of a checkpoint is hidden
 
 
 def _report(shards: Shards, plan: MaskPlan, work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +74,10 @@ def finish(
     """Write what comes after the shards: masks, index, what lies beside the weights, configuration; the report last."""
     layout = settings["options"]["layout"]
     report = _report(shards, plan, work, settings)
-    parts = [(work.bits(file), work.entries([file])) for file in shards.files]
+    carried = _carry(shards, plan, work, source)
+    _tell_carried(report, carried, sum(shape.numel() for shape in shards.shapes.values()))
+    report["warnings"] += sparser_before(source, {layer["name"]: layer["kept"] for layer in report["layers"]})
+    parts = [(work.bits(file), work.entries([file])) for file in shards.files] + [(work.bits(_CARRIED), carried)]
     join_masks(parts, work.folder / "masks.safetensors", overwrite=True)
     places = {
         name: entry.file for file in shards.files for name, entry in Shards.open(work.folder / file).entries.items()
@@ -88,6 +96,22 @@ def finish(
     report["warnings"] += [f"{file} was not copied: it holds unpruned weights" for file in left_out]
     report["seconds"] = round(time.perf_counter() - began, 3)
     _json(work.folder / "pruning.json", report)
+
+
+def _carry(shards: Shards, plan: MaskPlan, work: Work, source: Path) -> dict[str, Any]:
+    """Bits of the masks that the source has of weights which are not pruned now; what the header says of them."""
+    found: dict[str, Any] = {}
+    with open(work.bits(_CARRIED), "wb") as file:
+        for name, mask in carried_masks(source, shards.shapes, set(plan.names)):
+            file.write(mask.packed.numpy().tobytes())
+            found |= mask_entries({name: mask})
+    return found
+
+
+def _tell_carried(report: dict[str, Any], carried: Mapping[str, Mapping[str, Any]], every: int) -> None:
+    for name, entry in carried.items():
+        report["skipped"][name] = report["skipped"].get(name, "left as it is") + KEPT
+        report["total"] += (math.prod(entry["shape"]) - entry["kept"]) / every
 
 
 def _json(path: Path, body: Mapping[str, Any]) -> None:

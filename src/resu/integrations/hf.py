@@ -23,6 +23,7 @@ from resu.core.mask_files import write_masks, write_safetensors
 from resu.core.shards import INDEX, Shards
 from resu.formats.compressed import write_compressed
 from resu.formats.shards import write_shard
+from resu.integrations.carried import KEPT, carried_masks, sparser_before
 from resu.integrations.folders import copy_companions, new_folder
 
 __all__ = ["LAYOUTS", "check_directory", "load_model", "load_tokenizer", "model_class", "quiet", "save_pruned"]
@@ -245,6 +246,14 @@ def save_pruned(
             stored.get(name, name): mask if isinstance(mask, SparseMask) else SparseMask(mask)
             for name, mask in result.masks.items()
         }
+        kept = {name: mask.n_active for name, mask in masks.items()}
+        report["warnings"] += sparser_before(folder, kept)
+        prefix = f"{model.base_model_prefix}."
+        every = sum(p.numel() for p in model.parameters())
+        for name, mask in carried_masks(folder, after.shapes, set(masks), prefix):
+            masks[name] = mask
+            report["skipped"] = {**report["skipped"], name: report["skipped"].get(name, "left as it is") + KEPT}
+            report["total"] += mask.n_pruned / every
         if layout == "bitmask":
             report["bytes"] = _to_bitmask(after, masks)
         else:

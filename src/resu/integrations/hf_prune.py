@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resu.core.pattern import NM, Pattern, Unstructured, get_pattern
 from resu.core.shards import Shards
+from resu.integrations.carried import brought_masks
 from resu.integrations.checkpoint import prune_checkpoint
 from resu.integrations.folders import check_apart, check_free
 from resu.integrations.hf import LAYOUTS, load_model, save_pruned
@@ -169,6 +170,7 @@ def prune_directory(
             raise ValueError(f"{what!r} looks at data: give a calibration text, a .txt or .jsonl file")
         if workers != 1:
             raise ValueError(f"workers are for methods without data, not for {method!r}; leave them out")
+        brought_masks(source)
         read_texts(calibration)  # that it can be read is better known before a large model is
         model, tokenizer = load_model(source, dtype)
         grads = "grads" in recipe.needs

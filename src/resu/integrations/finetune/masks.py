@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from resu.integrations.finetune.batches import Collator
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.data import Row
 from resu.integrations.finetune.model import MASK_FILE, LoadedModel, head_names
+from resu.integrations.finetune.prepared import densified
 from resu.pruning.importance import importances
 from resu.pruning.mask_generator import MaskGenerator
 from resu.pruning.targets import pruning_targets
 
-__all__ = ["settle_masks", "target_names"]
+__all__ = ["carried", "settle_masks", "target_names"]
 
 _BATCH = 8
 
@@ -48,13 +49,54 @@ def settle_masks(
     """The masks that a method keeps; the model is not changed.
 
     In this order: those of the run that goes on (``resumed``), of ``config.sparsity``, of ``config.mask``, of the file
-    ``masks.safetensors`` beside the source. Names of a file fit with or without the prefix of the model's body.
+    ``masks.safetensors`` beside the source. Names of a file fit with or without the prefix of the model's body. Under
+    ``masked``, where all weights train, masks beside the source hold for the weights that are left out too.
 
     Raises:
         ValueError: If there is none of these, or they do not fit.
     """
     if resumed is not None:
         return read_masks(resumed)[0]
+    found = _settled(loaded, config, rows, collator)
+    if config.method == "masked" and config.mask in (None, "zeros"):
+        return {**_masks_beside(loaded, config), **found}
+    return found
+
+
+def carried(
+    loaded: LoadedModel, config: FinetuneConfig, model: Any, masks: Mapping[str, SparseMask], trained: Collection[str]
+) -> tuple[dict[str, SparseMask], list[str]]:
+    """The masks beside the source that hold on in the result: of weights that were not trained.
+
+    Args:
+        loaded: What was loaded.
+        config: The settings.
+        model: The plain model after training.
+        masks: Those of the method.
+        trained: Names of the weights that the method acted on.
+
+    Returns:
+        ``(masks, notes)``: what to add to ``masks``, and what is to be said of weights that have lost theirs.
+    """
+    others = {name: mask for name, mask in _masks_beside(loaded, config).items() if name not in masks}
+    parameters = dict(model.named_parameters())
+    still = set() if config.method in ("full", "masked") else others.keys() - set(trained)
+    found = {n: m for n, m in others.items() if n in still and not m.get_pruned(parameters[n].detach().cpu()).any()}
+    lost = [name for name in others if name not in found]
+    if not lost or densified(config):  # which says it already
+        return found, []
+    return found, [f"{len(lost)} weights of the sparse source trained without its masks: {listing(lost, 4)}"]
+
+
+def _masks_beside(loaded: LoadedModel, config: FinetuneConfig) -> dict[str, SparseMask]:
+    """All masks beside the source, of weights that this model has."""
+    file = config.source / MASK_FILE
+    return _fitting(loaded, file) if file.is_file() else {}
+
+
+def _settled(
+    loaded: LoadedModel, config: FinetuneConfig, rows: Sequence[Row], collator: Collator
+) -> dict[str, SparseMask]:
     if config.sparsity is not None or _fixed(config):
         return _pruned(loaded, config, rows, collator)
     beside = config.source / MASK_FILE
@@ -110,12 +152,21 @@ def _zeros(loaded: LoadedModel, config: FinetuneConfig) -> dict[str, SparseMask]
 
 
 def _of_file(loaded: LoadedModel, config: FinetuneConfig, file: Path) -> dict[str, SparseMask]:
+    found = {name: mask for name, mask in _fitting(loaded, file).items() if _wanted(name, config)}
+    if not found:
+        names = listing(dict(loaded.model.named_parameters()), 6)
+        raise ValueError(f"{file} has no mask of a weight of this model; its weights are {names}")
+    return found
+
+
+def _fitting(loaded: LoadedModel, file: Path) -> dict[str, SparseMask]:
+    """The masks of a file by parameter name; those of a head that is made anew belong to the one before."""
     prefix = f"{loaded.model.base_model_prefix}."
     parameters = dict(loaded.model.named_parameters())
     found: dict[str, SparseMask] = {}
     for stored, mask in read_masks(file)[0].items():
         names = [n for n in (stored, prefix + stored, stored.removeprefix(prefix)) if n in parameters]
-        if not names or not _wanted(names[0], config):
+        if not names or names[0] in loaded.new:
             continue
         if parameters[names[0]].shape != mask.shape:
             raise ValueError(
@@ -123,8 +174,6 @@ def _of_file(loaded: LoadedModel, config: FinetuneConfig, file: Path) -> dict[st
                 f"{tuple(parameters[names[0]].shape)}; the masks are of another model"
             )
         found[names[0]] = mask
-    if not found:
-        raise ValueError(f"{file} has no mask of a weight of this model; its weights are {listing(parameters, 6)}")
     return found
 
 

@@ -22,7 +22,7 @@ from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.data import Examples, Row, has_labels, label_names, read_examples, rows_of, split
 from resu.integrations.finetune.evaluate import METRICS, evaluate
 from resu.integrations.finetune.launch import as_launched, own_sharding, processes
-from resu.integrations.finetune.masks import settle_masks, target_names
+from resu.integrations.finetune.masks import carried, settle_masks, target_names
 from resu.integrations.finetune.model import MASK_FILE, LoadedModel, load_for_task, settle_task, usual_length
 from resu.integrations.finetune.prepared import Masks, Prepared, prepare, trained_values
 from resu.integrations.finetune.save import ADAPTER, LOG, save_adapter, save_run
@@ -111,6 +111,7 @@ class _Job:
     prepared: Prepared | None = None
     sharding: Sharding | None = None
     interrupts: Interrupts | None = None
+    acted_on: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, config: FinetuneConfig, work: Work, progress: Progress | None) -> _Job:
@@ -164,6 +165,7 @@ class _Job:
             if known is None and self.arguments.should_save:
                 write_masks(masks, file)
         targets = target_names(self.loaded, config)[0] if config.method == "lora" else []
+        self.acted_on = (*masks, *targets)
         torch.manual_seed(derived_seed(config.seed, "prepare"))  # θ and low-rank factors may start at random
         self.prepared = prepare(self.loaded, masks, targets, config)
         if config.gradient_checkpointing:
@@ -235,6 +237,8 @@ class _Job:
         """Make the plain model, measure it once more and write it."""
         assert self.prepared is not None
         model, masks = self.prepared.finish()
+        more, notes = carried(self.loaded, self.config, model, masks, self.acted_on)
+        masks, report["notes"] = masks | more, [*report["notes"], *notes]
         pruned, numel = sum(m.n_pruned for m in masks.values()), sum(m.numel for m in masks.values())
         report["sparsity"] = pruned / numel if masks else 0.0
         if self.config.compare:
