@@ -59,6 +59,57 @@ def test_what_hugging_face_calls_the_output_is_left_out_under_any_name():
     assert skipped["blocks.1.fc1.weight"] == "excluded"
 
 
+# A body has blocks; what stands beside it is the head. Names of transformers.
+HEADS_OF_TASKS = {
+    "BertForSequenceClassification": (["bert.encoder.layer.0.output.dense", "bert.pooler.dense"], ["classifier"]),
+    "RobertaForTokenClassification": (["roberta.encoder.layer.0.output.dense"], ["classifier.dense", "classifier.out"]),
+    "DistilBertForSequenceClassification": (
+        ["distilbert.transformer.layer.0.ffn.lin1"],
+        ["pre_classifier", "classifier"],
+    ),
+    "LlamaForSequenceClassification": (["model.layers.0.mlp.up_proj"], ["score"]),
+    "GPT2ForSequenceClassification": (["transformer.h.0.mlp.c_fc"], ["score"]),
+    "BertForQuestionAnswering": (["bert.encoder.layer.0.output.dense"], ["qa_outputs"]),
+    "ResNetForImageClassification": (["resnet.encoder.stages.0.layers.0.layer.0.convolution"], ["classifier.1"]),
+    "BlipForQuestionAnswering": (
+        ["vision_model.encoder.layers.0.mlp.fc1", "text_decoder.bert.encoder.layer.0.x.y"],
+        [],
+    ),
+    "BertForMaskedLM": (["bert.encoder.layer.0.output.dense", "cls.predictions.transform.dense"], []),
+    "": (["bert.encoder.layer.0.output.dense", "classifier"], []),
+}
+
+
+@pytest.mark.parametrize("architecture", HEADS_OF_TASKS)
+def test_the_head_of_a_task_is_left_out_by_the_name_of_its_class(architecture):
+    body, head = ([f"{name}.weight" for name in names] for names in HEADS_OF_TASKS[architecture])
+    shapes = dict.fromkeys([*head, *body], torch.Size([8, 8]))
+    names, skipped = state_dict_targets(shapes, architecture=architecture)
+    assert names == body
+    assert skipped == dict.fromkeys(head, "head of the task")
+    if head:  # asked for by name it is pruned
+        assert state_dict_targets(shapes, head[0], architecture=architecture)[0] == head[:1]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "DistilBert", "Llama", "GPT2", "Electra", "Roberta"])
+def test_the_head_of_a_task_is_left_out_of_a_model_too(kind):
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
+    small |= {"intermediate_size": 16, "n_layers": 1, "n_heads": 2, "dim": 8, "hidden_dim": 16, "embedding_size": 8}
+    config = getattr(transformers, f"{kind}Config")(**small)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    targets, skipped = pruning_targets(model)
+    prefix = f"{model.base_model_prefix}."
+    assert all(name.startswith(prefix) for name in targets)
+    heads = [name for name, p in model.named_parameters() if not name.startswith(prefix) and p.ndim > 1]
+    assert heads == [name for name, why in skipped.items() if why == "head of the task"]
+    by_name = state_dict_targets(shapes_of(model), architecture=type(model).__name__)
+    assert by_name[0] == list(targets)
+    assert by_name[1].keys() == skipped.keys()
+    assert list(pruning_targets(model, heads[0])[0]) == heads[:1]
+    assert pruning_targets(model, exclude=heads[0])[1][heads[0]] == "excluded"
+
+
 def test_include_takes_exactly_what_it_names():
     targets, skipped = pruning_targets(Net(), ["lm_head", "wte"])
     assert list(targets) == ["wte.weight", "lm_head.weight"]

@@ -128,7 +128,11 @@ def _chosen(
     exclude: str | Iterable[str] | None,
 ) -> tuple[list[str], dict[str, str]]:
     """Floating weights among the targets; stored codes and the like have no magnitude of their own."""
-    names, skipped = state_dict_targets(shapes, include, exclude, tied=_has_tied_head(weights, shapes))
+    config = _stated(weights)
+    classes = config.get("architectures")
+    architecture = " ".join(map(str, classes)) if isinstance(classes, list) else ""
+    tied = _has_tied_head(architecture, config, shapes)
+    names, skipped = state_dict_targets(shapes, include, exclude, tied=tied, architecture=architecture)
     odd = [name for name in names if not has_keys(weights.dtype(name))]
     if odd and include is not None:
         raise ValueError(
@@ -142,19 +146,22 @@ def _chosen(
     return left, skipped | reasons
 
 
-def _has_tied_head(weights: Weights, names: Iterable[str]) -> bool:
-    """Whether ``config.json`` beside the weights is that of a model whose output head is its embedding."""
+def _stated(weights: Weights) -> dict[str, Any]:
+    """``config.json`` beside the weights; empty where there is none to read, which those who need more of it say."""
     file = weights.folder / "config.json" if isinstance(weights, Shards) else None
-    if file is None or not file.is_file():
-        return False
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        speaks = any("CausalLM" in kind or "LMHead" in kind for kind in config.get("architectures") or [])
-        # A head that is not stored can only be the embedding; configurations often do not say what is the default.
-        stored = any(part in HEADS for name in names for part in name.split("."))
-        return speaks and bool(config.get("tie_word_embeddings", not stored))
-    except (ValueError, AttributeError, TypeError):
-        return False  # what is wrong with it is said by those who need more of it
+        config = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _has_tied_head(architecture: str, config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a configuration is that of a model whose output head is its embedding."""
+    # A head that is not stored can only be the embedding; configurations often do not say what is the default.
+    stored = any(part in HEADS for name in names for part in name.split("."))
+    speaks = "CausalLM" in architecture or "LMHead" in architecture
+    return speaks and bool(config.get("tie_word_embeddings", not stored))
 
 
 def plan_masks(

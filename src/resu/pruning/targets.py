@@ -15,12 +15,13 @@ from torch import nn
 from resu.core.globs import glob_list, glob_matches, listing
 from resu.core.layers import Layer, every_weight, select
 
-__all__ = ["HEADS", "pruning_targets", "state_dict_targets"]
+__all__ = ["HEADS", "pruning_targets", "state_dict_targets", "task_head"]
 
 HEADS = ("lm_head", "embed_out")  # embed_out: the output head of GPT-NeoX
 _VECTORS = "norms and biases"
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _TIED = ("output head tied to", "tied to")
+_TASK_HEAD = "head of the task"
 
 
 def pruning_targets(
@@ -31,8 +32,9 @@ def pruning_targets(
     """The weights that pruning all of ``model`` means, and why the others are left out.
 
     Without ``include``: what :func:`resu.core.layers.select` takes, and stacks of matrices (fused experts), but not the
-    output head (``model.get_output_embeddings()`` of Hugging Face models, or a module named ``lm_head``) and
-    nothing tied to an embedding. With ``include``: exactly what it names.
+    output head (``model.get_output_embeddings()`` of Hugging Face models, a module named ``lm_head``, or what
+    :func:`task_head` finds in a model for classification) and nothing tied to an embedding. With ``include``: exactly
+    what it names.
 
     Args:
         model: Any module.
@@ -58,7 +60,9 @@ def pruning_targets(
     layers = select(model, include, exclude, stacks=True)
     everything = every_weight(model)
     heads = set() if include is not None else {n for n, layer in everything.items() if _is_head(model, layer)}
-    chosen = {name: layer for name, layer in layers.items() if name not in heads}
+    kind = type(model).__name__ if hasattr(model, "base_model_prefix") and include is None else ""
+    of_task = task_head(kind, everything) - heads
+    chosen = {name: layer for name, layer in layers.items() if name not in heads | of_task}
     if not chosen:
         raise ValueError(f"only the output head is left to prune ({', '.join(layers)}); name it in include to prune it")
     skipped: dict[str, str] = {}
@@ -67,12 +71,40 @@ def pruning_targets(
         if name not in chosen:
             names = (name, *layer.ties)
             left_out = any(glob_matches(g, n) for g in exclude for n in names)
-            reason = "excluded" if left_out else _reason(layer, name in heads, include is not None)
+            reason = _TASK_HEAD if name in of_task else _reason(layer, name in heads, include is not None)
+            reason = "excluded" if left_out else reason
             # A tie is one layer under the name that multiplies; the embedding it is tied to is looked for by its own.
             tables = [tie for tie in layer.ties if isinstance(modules[tie.rpartition(".")[0]], _TABLES)]
             skipped |= dict.fromkeys(tables, "embedding" if reason.startswith(_TIED) else reason) | {name: reason}
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return chosen, skipped | _vectors([p.shape for p in vectors])
+
+
+# A block of a body: a number in the name, with layers below what it numbers.
+_BLOCK = re.compile(r"\.\d+\.\w+\.")
+_TASK = re.compile(r"For(?:\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction)")
+
+
+def task_head(architecture: str, names: Iterable[str]) -> set[str]:
+    """Weights of the head of a Hugging Face model that classifies texts, tokens or images, or answers from a text.
+
+    Such a model is a body of blocks and a head beside it, each below a name of its own: the head is what lies under
+    none that has blocks. It has few weights and all of the answer, and fine-tuning trains it whole.
+
+    Args:
+        architecture: The name of the model's class; of any other kind of model the result is empty.
+        names: Of the weights.
+
+    Example:
+        >>> names = ["bert.encoder.layer.0.output.dense.weight", "bert.pooler.dense.weight", "classifier.weight"]
+        >>> task_head("BertForSequenceClassification", names), task_head("BertForMaskedLM", names)
+        ({'classifier.weight'}, set())
+    """
+    if not _TASK.search(architecture):
+        return set()
+    known = list(names)
+    bodies = {name.partition(".")[0] for name in known if _BLOCK.search(name)}
+    return {name for name in known if bodies and name.partition(".")[0] not in bodies}
 
 
 def _is_head(model: nn.Module, layer: Layer) -> bool:
@@ -121,6 +153,7 @@ def state_dict_targets(
     exclude: str | Iterable[str] | None = None,
     *,
     tied: bool = False,
+    architecture: str = "",
 ) -> tuple[list[str], dict[str, str]]:
     """The same as :func:`pruning_targets` for a checkpoint, by names and shapes alone.
 
@@ -135,6 +168,7 @@ def state_dict_targets(
         exclude: Globs of what to leave out; applied last.
         tied: Whether the model's output head is its embedding; where that is one tensor without doubt, the head is
             named with the tie, stored or not.
+        architecture: The class that ``config.json`` names; of one that classifies, :func:`task_head` is left out.
 
     Returns:
         The names taken, in the order of ``shapes``, never empty; and ``{name: reason}`` of the others.
@@ -153,8 +187,9 @@ def state_dict_targets(
         if not any(glob_matches(glob, name) for name in matrices):
             raise ValueError(f"the glob {glob!r} matches no weight of the file; weights are: {listing(matrices)}")
     chosen, skipped = [], {}
+    of_task = task_head(architecture, matrices)
     for name, shape in matrices.items():
-        reason = _reason_by_name(name, shape) if include is None else None
+        reason = _reason_by_name(name, shape, name in of_task) if include is None else None
         if include is not None and not any(glob_matches(g, name) for g in include):
             reason = "not named by include"
         if any(glob_matches(g, name) for g in exclude):
@@ -181,13 +216,15 @@ def _name_tie(skipped: dict[str, str]) -> None:
         skipped[heads[0]] = f"{_TIED[0]} {tables[0]}"
 
 
-def _reason_by_name(name: str, shape: torch.Size) -> str | None:
+def _reason_by_name(name: str, shape: torch.Size, of_task: bool) -> str | None:
     *modules, attribute = name.split(".")
     owner = modules[-1] if modules else ""
     if any(part in HEADS for part in modules):
         return "output head"
     if _BUFFER.fullmatch(attribute):
         return "bias or buffer"
+    if of_task:
+        return _TASK_HEAD
     # Patches are embedded by convolutions, and those multiply.
     if len(shape) == 2 and attribute == "weight" and _EMBEDDING.fullmatch(owner):
         return "embedding"
