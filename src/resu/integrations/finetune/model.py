@@ -47,7 +47,7 @@ def settle_task(task: str, directory: Path, labelled: bool) -> str:
     """The task that is meant by ``auto``: classification of labelled texts, else what the model was made for.
 
     Raises:
-        ValueError: If the model is of another kind, such as an encoder-decoder.
+        ValueError: If the model is of another kind, such as an encoder-decoder, or classifies and there are no labels.
     """
     config = check_directory(directory)
     if config.get("is_encoder_decoder"):
@@ -57,6 +57,11 @@ def settle_task(task: str, directory: Path, labelled: bool) -> str:
     if labelled:
         return "classification"
     named = " ".join(config.get("architectures") or [])
+    if "Classification" in named or "QuestionAnswering" in named or "MultipleChoice" in named:
+        raise ValueError(
+            f"{directory} is a {named}, and the text has no labels; of labelled lines (in a .txt: label, space, text) "
+            "say the task classification, or give the task causal-lm or masked-lm, which leaves its head behind"
+        )
     if "ForCausalLM" in named or "LMHead" in named:
         return "causal-lm"
     if "ForMaskedLM" in named or "Bert" in named or "PreTraining" in named:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from resu.core.enforcement import Constraint
+from resu.core.globs import listing
 from resu.core.mask import SparseMask
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.model import MASK_FILE, LoadedModel, head_names
@@ -59,7 +60,7 @@ def prepare(loaded: LoadedModel, masks: Masks, targets: list[str], config: Finet
     prepared = _prepared(loaded, masks, targets, config)
     if densified(config):
         prepared.notes.append(
-            f"the source is sparse and the result is dense: {config.method} "
+            f"the source is sparse and what trains here gets dense: {config.method} "
             + (
                 "with commit dense gives the mask up; commit sparse or amnesty keeps its count"
                 if config.has_theta
@@ -81,25 +82,55 @@ def _prepared(loaded: LoadedModel, masks: Masks, targets: list[str], config: Fin
         return _whole(loaded, masks)
     for parameter in loaded.model.parameters():
         parameter.requires_grad_(False)
-    if config.has_theta:
-        from resu.integrations.finetune.theta import prepare_theta
-
-        return prepare_theta(loaded, masks, config)
     from resu.integrations.finetune.adapters import prepare_lora, prepare_sparse_lora
 
     if config.method == "lora":
         return prepare_lora(loaded, targets, config)
-    return prepare_sparse_lora(loaded, masks, config)
+    heads = {name: masks[name] for name in beside(loaded, config) if name in masks}
+    others = {name: mask for name, mask in masks.items() if name not in heads}
+    if not others:
+        raise ValueError(
+            f"only {listing(heads)} is to be pruned, which trains whole beside a method; use masked, or name more"
+        )
+    if config.has_theta:
+        from resu.integrations.finetune.theta import prepare_theta
+
+        prepared = prepare_theta(loaded, others, config)
+    else:
+        prepared = prepare_sparse_lora(loaded, others, config)
+    return _with_heads(prepared, heads)
+
+
+def _with_heads(prepared: Prepared, heads: Masks) -> Prepared:
+    """Heads train whole; those that bring masks keep their zeros meanwhile."""
+    held = _held(prepared.model, heads)
+    finish = prepared.finish
+    prepared.constraints += held
+
+    def finish_all() -> tuple[Any, Masks]:
+        model, kept = finish()
+        for constraint in held:
+            constraint.remove()
+        return model, {**kept, **heads}
+
+    if heads:
+        prepared.finish = finish_all
+    return prepared
+
+
+def _held(model: nn.Module, masks: Masks) -> list[Constraint]:
+    parameters = dict(model.named_parameters())
+    held = [Constraint(parameters[name], mask) for name, mask in masks.items()]
+    for constraint in held:
+        constraint.enforce()
+    return held
 
 
 def _whole(loaded: LoadedModel, masks: Masks) -> Prepared:
     """Every weight trains; pruned ones stay 0."""
-    parameters = dict(loaded.model.named_parameters())
-    for parameter in parameters.values():
+    for parameter in loaded.model.parameters():
         parameter.requires_grad_(True)
-    held = [Constraint(parameters[name], mask) for name, mask in masks.items()]
-    for constraint in held:
-        constraint.enforce()
+    held = _held(loaded.model, masks)
 
     def finish() -> tuple[Any, Masks]:
         for constraint in held:
