@@ -51,6 +51,8 @@ SETUPS = [
     (LLAMA, {"method": "resu", "weight_decay": 0.1}),
     (LLAMA, {"method": "qresu4", "dtype": torch.bfloat16, "checkpointing": True}),
     (BERT, {"method": "qresu8", "in_backward": True, "batch": 2}),
+    *[(LLAMA, {"method": method, "dropout": 0.05}) for method in ("lora", "qlora", "sparse-lora", "sparse-lora-dense")],
+    (BERT, {"method": "lora", "dropout": 0.3, "batch": 4}),
     (GPT2, {"method": "full", "optimizer": "adafactor"}),
 ]
 

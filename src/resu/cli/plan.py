@@ -69,6 +69,7 @@ def command(
         list[str] | None, typer.Option(help="With --batch: a method, repeatable; left out: all of them.")
     ] = None,
     rank: Annotated[int, typer.Option(help="Of low-rank updates, with --batch.")] = 16,
+    dropout: Annotated[float, typer.Option(help="In low-rank updates, with --batch.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="Of adamw, with --batch.")] = 0.0,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="With --batch: compute activations twice.")
@@ -105,6 +106,7 @@ def command(
             "optimizer": optimizer,
             "weight_decay": weight_decay,
             "rank": rank,
+            "dropout": dropout,
             "checkpointing": gradient_checkpointing,
             "in_backward": in_backward,
         }

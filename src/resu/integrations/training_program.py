@@ -20,7 +20,7 @@ from resu.modules.convert import convert_to_resu, get_resu_modules, resurrection
 from resu.modules.dry_layers import dry_lora, enter_dry
 from resu.modules.settings import RESUMode
 from resu.pruning.sparse_lora import SparseLoRAConfig, apply_sparse_lora
-from resu.pruning.targets import pruning_targets
+from resu.pruning.targets import pruning_targets, task_head
 from resu.training.adamw8bit import BLOCK, CHUNK, AdamW8bit
 from resu.training.update_in_backward import optimizer_in_backward
 
@@ -58,6 +58,7 @@ class Setup:
         optimizer: One of :data:`OPTIMIZERS`.
         weight_decay: Of ``adamw``. Under RESU it costs a copy of the weights during a step.
         rank: Of low-rank updates.
+        dropout: In low-rank updates, in [0, 1).
         checkpointing: Whether activations of blocks are computed a second time instead of kept.
         in_backward: Whether each weight is updated as soon as its gradient is there.
 
@@ -74,6 +75,7 @@ class Setup:
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     rank: int = 16
+    dropout: float = 0.0
     checkpointing: bool = False
     in_backward: bool = False
 
@@ -84,6 +86,8 @@ class Setup:
         for name in ("batch", "length", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
 
 
 def read_config(path: Path) -> tuple[Any, Mapping[str, Any]]:
@@ -137,7 +141,11 @@ def training_program(config: Any, setup: Setup, *, dry: bool = False) -> tuple[n
     model.train()
     if setup.checkpointing:
         _checkpoint(model)
+    parameters = dict(model.named_parameters())
+    heads = [parameters[name] for name in task_head(type(model).__name__, parameters)]
     model = _ready(model, setup, dry)
+    for parameter in heads:  # of a classification it trains whole under every method
+        parameter.requires_grad_(True)
     trained = [p for p in model.parameters() if p.requires_grad]
     if setup.method == "qresu-selective":
         trained = []
@@ -185,7 +193,7 @@ def _ready(model: nn.Module, setup: Setup, dry: bool) -> nn.Module:
         quantized = setup.method == "qlora"
         sparse = SparseLoRAConfig(
             r=setup.rank,
-            dropout=0.0,
+            dropout=setup.dropout,
             target_modules=modules,
             sparsity_mode="sparse_to_sparse" if setup.method == "sparse-lora" else "sparse_to_dense",
             initial_sparsity=0.0 if quantized else setup.sparsity,
@@ -221,7 +229,7 @@ def _lora(model: nn.Module, modules: list[str], setup: Setup) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("method 'lora' needs peft: pip install 'resu-torch[peft]'", name=error.name) from error
-    settings = LoraConfig(r=setup.rank, lora_alpha=2 * setup.rank, target_modules=modules)
+    settings = LoraConfig(r=setup.rank, lora_alpha=2 * setup.rank, lora_dropout=setup.dropout, target_modules=modules)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT asks transformers by a name that will go, and warns of Conv1D
         made: nn.Module = get_peft_model(model, settings)
