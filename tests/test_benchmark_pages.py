@@ -60,10 +60,13 @@ def test_page_of_pruners() -> None:
 
 
 def test_page_of_fine_tuning() -> None:
-    from resu.experiments.finetuning.front import page
-    from resu.experiments.finetuning.runs import Row
+    pytest.importorskip("peft")
+    from resu.experiments.finetuning.front import guide, page
+    from resu.experiments.finetuning.run import Row
 
-    assert page(read(RESULTS / "finetuning_front.csv", Row)) == (REPO / "docs" / "finetuning_front.md").read_text()
+    rows = read(RESULTS / "finetuning_front.csv", Row)
+    assert page(rows) == (REPO / "docs" / "finetuning_front.md").read_text()
+    assert guide(rows) in (REPO / "docs" / "finetune.md").read_text()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/honest.md"])

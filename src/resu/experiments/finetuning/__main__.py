@@ -1,7 +1,7 @@
 """``python -m resu.experiments.finetuning``: run what is missing, write the table and the plot.
 
     python -m resu.experiments.finetuning --tune --csv tuning.csv           # learning rates, on held-out data
-    python -m resu.experiments.finetuning --csv rows.csv --rates tuning.csv --out docs
+    python -m resu.experiments.finetuning --csv rows.csv --rates tuning.csv --out docs --guide docs/finetune.md
     python -m resu.experiments.finetuning --csv rows.csv --memory --out docs  # where the runs were on several machines
 
 The same command again goes on where it was stopped.
@@ -15,12 +15,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from resu.experiments.finetuning.front import draw_front, page, points
+from resu.experiments.finetuning.front import draw_front, guide, page, points
 from resu.experiments.finetuning.run import Row
 from resu.experiments.finetuning.runs import jobs, one
 from resu.experiments.finetuning.tasks import TASKS, load_task
 from resu.experiments.finetuning.ways import KINDS, Way
 from resu.experiments.plots import to_png
+from resu.experiments.render import fill
 from resu.experiments.rows import read
 from resu.experiments.workers import spread
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--device", default="cpu", help="where to train, cpu or cuda; memory is measured there")
     parser.add_argument("--out", type=Path, help="folder for finetuning_front.md and .png, written over")
+    parser.add_argument("--guide", type=Path, help="Markdown page to write the small table into")
     given = parser.parse_args(arguments)
     if not given.tune and not given.memory and given.rates is None:
         parser.error("--rates is needed: the CSV that --tune wrote")
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (given.out / "finetuning_front.md").write_text(page(rows), encoding="utf-8")
         (given.out / "finetuning_front.png").write_bytes(to_png(draw_front(points(rows))))
         print(f"wrote {given.out / 'finetuning_front.md'} and .png")
+    if given.guide is not None:
+        fill(given.guide, {"ways": guide(read(given.csv, Row))}.get)
 
 
 if __name__ == "__main__":

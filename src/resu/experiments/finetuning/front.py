@@ -14,11 +14,24 @@ from resu.experiments.plots import COLOURS, MARKERS, legend_below, new_figure, t
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["OURS", "Point", "draw_front", "front", "page", "points", "rate", "table"]
+__all__ = ["OURS", "Point", "draw_front", "front", "guide", "page", "points", "rate", "table"]
 
 #: Kinds whose method is resurrection.
 OURS = ("resu", "qresu8", "qresu4", "selective")
 TITLES = {"sst2": "SST-2 sentences", "trec": "TREC questions", "stories": "stories260K on tinyshakespeare"}
+
+_GUIDE = {
+    Way("full"): "full fine-tuning",
+    Way("lora", 8): "LoRA, rank 8",
+    Way("qlora", 2): "LoRA over 4 bits, rank 2",
+    Way("super", 0.1): "Super-Tuning, 10 %",
+    Way("shira", 32): "SHiRA, rank 32",
+    Way("slora-sparse", 0.1): "sparse LoRA, rank 8, sparsity 0.1",
+    Way("resu", 0.1): "RESU, sparsity 0.1",
+    Way("qresu8", 0.5): "QRESU 8 bits, 0.5",
+    **{Way("qresu4", sparsity): f"QRESU 4 bits, {sparsity}" for sparsity in (0.1, 0.5, 0.9)},
+    Way("selective", 0.5): "Selective 4 bits, 0.5",
+}
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,35 @@ def page(rows: Sequence[Row]) -> str:
             f"{table([point for point in found if point.task == name])}\n"
         )
     return "\n".join(parts)
+
+
+def guide(rows: Sequence[Row]) -> str:
+    """The table of the guide: some ways on all tasks, memory of MiniLM on TREC, time over that of full on SST-2."""
+    found = {(point.task, point.way): point for point in points(rows)}
+
+    def seconds(way: Way) -> float:
+        return fmean(
+            row.seconds
+            for row in rows
+            if (row.task, row.part, row.kind, row.size) == ("sst2", "test", way.kind, way.size)
+        )
+
+    lines = [
+        "| | held between steps, MB | peak of a lean step, MB | TREC, % | SST-2, % | stories260K, loss "
+        "| step, times full |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    whole = seconds(Way("full"))
+    for way, label in _GUIDE.items():
+        memory = found["trec", way]
+        cells = [label, f"{memory.state / 1e6:.0f}", f"{memory.lean / 1e6:.0f}"]
+        for task, digits in (("trec", 1), ("sst2", 1), ("stories", 2)):
+            # Small layers have no room for all ranks: the largest there, with its rank.
+            there = way if (task, way) in found else Way(way.kind, max(KINDS[way.kind].sizes_for(task)))
+            note = "" if there == way else f" (rank {there.size:g})"
+            cells.append(f"{found[task, there].mean:.{digits}f} ± {found[task, there].spread:.{digits}f}{note}")
+        lines.append(f"| {' | '.join(cells)} | {seconds(way) / whole:.2f} |")
+    return "\n".join(lines)
 
 
 def _devices(rows: Sequence[Row]) -> str:
