@@ -75,3 +75,17 @@ def test_damage_and_other_models_are_refused(tmp_path):
     manifest.unlink()
     with pytest.raises(FileNotFoundError):
         load_shrunk(fresh, tmp_path)
+
+
+def test_compiled_models_are_saved_and_loaded_as_what_they_were_compiled_from(tmp_path):
+    def make():
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    x = torch.randn(3, 4)
+    model = torch.compile(make(), backend="eager")
+    StructuredPruner(0.5, x).prune(model)
+    save_shrunk(model, tmp_path)
+    again, compiled = load_shrunk(make, tmp_path), torch.compile(make(), backend="eager")
+    assert load_shrunk(compiled, tmp_path) is compiled
+    for loaded in (again, compiled._orig_mod):
+        assert torch.equal(loaded(x), model._orig_mod(x))

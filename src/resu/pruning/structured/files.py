@@ -60,6 +60,7 @@ def save_shrunk(
         >>> again[0], bool((again[2].weight == model[2].weight).all())
         (Linear(in_features=4, out_features=8, bias=True), True)
     """
+    model = _written(model)
     target = Path(folder)
     for name in (MANIFEST, _WEIGHTS):
         if (target / name).exists() and not overwrite:
@@ -107,14 +108,15 @@ def load_shrunk(model: nn.Module | Callable[[], nn.Module], folder: str | os.Pat
     body = open_header(_KEY, sealed, _VERSION, path)
     if not isinstance(model, nn.Module):
         model = model()
+    whole = _written(model)
     gone = body.get("skipped", [])
-    if unknown := sorted(set(gone) - {name for name, _ in model.named_modules()}):
+    if unknown := sorted(set(gone) - {name for name, _ in whole.named_modules()}):
         raise FileFormatError(
             f"{path} is of another model: this one has no block {unknown[0]!r} that was removed there"
         )
-    back: list[Callable[[], None]] = [remove_blocks(model, gone).undo]
+    back: list[Callable[[], None]] = [remove_blocks(whole, gone).undo]
     try:
-        _fill(model, path, body, back)
+        _fill(whole, path, body, back)
     except BaseException:
         for undo in reversed(back):
             undo()
@@ -145,6 +147,12 @@ def _fill(model: nn.Module, path: Path, body: Mapping[str, Any], back: list[Call
     read_model(model, path.parent / _WEIGHTS, body["checksum"])
     for module in model.modules():
         back.extend(recomputed(module))
+
+
+def _written(model: nn.Module) -> nn.Module:
+    """A model as its class is written: without what ``torch.compile`` puts around it, and in front of all names."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
