@@ -75,3 +75,11 @@ def test_parts_of_parameters_are_handed_on() -> None:
     model = Hands()
     assert count_macs(model, torch.zeros(3, 4)) == 3 * (32 + 16) + 4 * (32 + 16)
     assert StructuredPruner(0.5, torch.zeros(3, 4)).prune(model).units["a"] == (8, 4)
+
+
+def test_quantized_weights_are_refused_with_what_to_do() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = stack()
+    quantization.quantize_(model[1], quantization.Int8WeightOnlyConfig())
+    with pytest.raises(TypeError, match=r"'1.inner.0.weight' is a .*; make the model smaller, then quantize"):
+        StructuredPruner(0.5, X).prune(model)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from resu.pruning.statistics import eager
 from resu.pruning.structured import rules_layers, rules_over, rules_views  # noqa: F401  (they register themselves)
@@ -131,6 +131,11 @@ def _check_model(model: nn.Module) -> None:
             raise TypeError(f"{name!r} has no shape yet; run the model once, which gives lazy layers their sizes")
         if tensor.is_meta:
             raise TypeError(f"{name!r} is on the meta device, without values; load the model first")
+        if is_traceable_wrapper_subclass(tensor):  # quantized, packed: what is in it is not [out, in]
+            kind = type(tensor.data).__name__
+            raise TypeError(
+                f"{name!r} is a {kind}, whose values are kept otherwise; make the model smaller, then quantize"
+            )
 
 
 def check_runs(model: nn.Module, inputs: Any) -> None:
