@@ -77,9 +77,14 @@ def test_parts_of_parameters_are_handed_on() -> None:
     assert StructuredPruner(0.5, torch.zeros(3, 4)).prune(model).units["a"] == (8, 4)
 
 
-def test_quantized_weights_are_refused_with_what_to_do() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_quantized_weights_and_scripts_are_refused_with_what_to_do() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = stack()
     quantization.quantize_(model[1], quantization.Int8WeightOnlyConfig())
     with pytest.raises(TypeError, match=r"'1.inner.0.weight' is a .*; make the model smaller, then quantize"):
         StructuredPruner(0.5, X).prune(model)
+    with pytest.raises(TypeError, match="make the model smaller, then quantize"):
+        BlockPruner(0.5, X, calibration=[X]).prune(model)
+    with pytest.raises(TypeError, match="then script it"):
+        BlockPruner(0.5, X, calibration=[X]).prune(nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 2))))

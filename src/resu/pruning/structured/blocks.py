@@ -21,6 +21,7 @@ from resu.pruning.structured.block_trials import calls_of, changed_kinds, hindra
 from resu.pruning.structured.removal import Removal, check_undivided
 from resu.pruning.structured.running import double_copy, random_like
 from resu.pruning.structured.slots import slots
+from resu.pruning.structured.trace import check_model
 from resu.pruning.structured.verify import Check, verify_smaller
 
 __all__ = ["Blocks", "Skip", "find_blocks", "remove_blocks", "skipped", "zero_blocks"]
@@ -76,7 +77,7 @@ def find_blocks(
         seed: Of the random inputs and the noise.
 
     Raises:
-        TypeError: If it is no module, cannot be copied, or returns no tensor.
+        TypeError: If it is no module, a script, quantized, cannot be copied, or returns no tensor.
         ValueError: If a glob of ``include`` matches no module, or the model does not run on the inputs.
 
     Example:
@@ -92,6 +93,7 @@ def find_blocks(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"blocks are found in a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     wanted, unwanted = glob_list(include), glob_list(exclude) or []
     names = [name for name, _ in model.named_modules() if name]
     for glob in wanted or ():

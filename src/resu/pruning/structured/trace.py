@@ -28,7 +28,7 @@ from resu.pruning.structured.slots import Slot, slots
 from resu.pruning.structured.units import Units
 from resu.pruning.trees import leaves
 
-__all__ = ["Count", "Size", "Trace", "check_runs", "trace"]
+__all__ = ["Count", "Size", "Trace", "check_model", "check_runs", "trace"]
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         example_inputs: A tensor, a tuple of arguments or a dictionary of keyword arguments.
 
     Raises:
-        TypeError: If the model is a script, or has parameters without values.
+        TypeError: If the model is a script, or its parameters are without values, or quantized.
         ValueError: If it does not run on the inputs.
     """
-    _check_model(model)
+    check_model(model)
     units = Units()
     places: dict[int, Slot] = {}
     for slot in slots(model).values():
@@ -122,7 +122,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     return found
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that is a script, or has parameters without values, or with values that are not what they seem.
+
+    Raises:
+        TypeError: If it is.
+    """
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError("a scripted model keeps its sizes in its code; make the model smaller, then script it")
