@@ -83,6 +83,19 @@ def test_predictions_are_mixed_as_the_layers_are(data):
     assert torch.allclose(alike, each.mean(0), rtol=1e-5, atol=1e-5)
 
 
+def test_a_twin_that_was_trained_on_other_rows_keeps_its_scale(data):
+    twin, rows = twin_of(data), first_part(data, 5)[0]
+    other = copy.deepcopy(twin)
+    with torch.no_grad():
+        other.scale *= 3
+        other.mean += 10
+        other.network[4].weight /= 3
+        other.network[4].bias.copy_((twin.network[4].bias * twin.scale - 10) / other.scale)
+    assert torch.allclose(other.predict(data.inputs), twin.predict(data.inputs), rtol=1e-4, atol=1e-4)
+    adapted = [adapt(one, data, rows).predict(data.inputs) for one in (twin, other)]
+    assert torch.allclose(adapted[0], adapted[1], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("shares", [[1.0], [0.5] * CANDIDATES, torch.ones(CANDIDATES, 1)])
 def test_input_shares_that_are_none_are_refused(data, shares):
     with pytest.raises(ValueError, match="shares must be 7 numbers that sum to 1"):

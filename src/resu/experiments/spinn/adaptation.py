@@ -181,6 +181,8 @@ def _head(twin: Twin, data: Prepared) -> tuple[Twin, Prepared]:
     linear.weight.copy_(last.weight[:, used])
     linear.bias.copy_(last.bias)
     head = Twin(nn.Sequential(linear), data.targets[data.train], twin.law)
+    head.mean.copy_(twin.mean)  # which need not be those of this training part
+    head.scale.copy_(twin.scale)
     return head, replace(data, inputs=twin.network[:-1](data.inputs)[:, used])
 
 
