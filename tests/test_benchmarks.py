@@ -42,6 +42,15 @@ def test_finetune_in_two_processes(tmp_path):
     assert float(whole["peak_mb"]) > float(whole["state_mb"]) > 12e-6 * int(whole["parameters"])
 
 
+def test_global_ranking(tmp_path, data_folder):
+    data_folder("model_resnet_cifar10")
+    found = rows_of("bench_global_ranking.py", tmp_path / "layers.csv", "--scores", "magnitude")
+    with (BENCHMARKS / "results" / "global_ranking.csv").open() as file:
+        known = [row for row in csv.DictReader(file) if row["score"] == "magnitude"]
+    assert [(row["layer"], row["kept"]) for row in found] == [(row["layer"], row["kept"]) for row in known]
+    assert sum(int(row["kept"]) for row in found) == -(-3 * sum(int(row["weights"]) for row in found) // 10)
+
+
 def test_latency_targets_without_a_clock(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
