@@ -89,4 +89,4 @@ def _silence(model: nn.Module, place: Place, indices: Tensor) -> None:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.ndim > 1
+    return isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex()) and tensor.ndim > 1

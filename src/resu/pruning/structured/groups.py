@@ -240,7 +240,7 @@ def _makers(known: Mapping[str, Slot], name: str, dims: Mapping[int, Tensor]) ->
     module, module_name = slot.module, slot.module_name
     if ".parametrizations." in f".{name}":
         module_name = f".{name}".rpartition(".parametrizations.")[0].lstrip(".")
-    turned = isinstance(module, (_ConvTransposeNd, nn.Embedding)) or is_conv1d_of_transformers(module)
+    turned = isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)) or is_conv1d_of_transformers(module)
     dim = 1 if turned else 0
     if dim in dims:
         yield (name, dim), module_name or slot.attribute

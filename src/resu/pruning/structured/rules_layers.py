@@ -196,6 +196,13 @@ def _embedding(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor)
     put(watcher, out, [c.reshape([1] * (out.ndim - 1) + [-1]) for c in columns])
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    weight, *others = args
+    watcher.fix([x for x in others if isinstance(x, Tensor)], f"it says what to look up, at {watcher.place}")
+    put(watcher, out[0], fixed_along(watcher, watcher.labels_of(weight), [0], "rows of a table are looked up"))
+
+
 @rule("mkldnn_rnn_layer", "lstm", "gru")
 def _rnn(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, weight, *rest = args

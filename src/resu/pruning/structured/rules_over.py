@@ -46,6 +46,21 @@ for _name, _n in (
     rule(_name)(_spatial(_n))
 
 
+@rule("grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler")
+def _grid_sample(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    watcher.fix([args[1]], f"it says where to look, at {watcher.place}")
+    _spatial(args[0].ndim - 2)(watcher, func, args[:1], {}, out)
+
+
+@rule("im2col")
+def _patches(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """``[batch, channels, height, width]`` → ``[batch, channels · window, places]``: a channel's window is one unit."""
+    x = args[0]
+    others = fixed_along(watcher, watcher.labels_of(x), [0, 2, 3], "windows of it are taken")
+    window = out.shape[-2] // x.shape[-3]
+    put(watcher, out, [c.flatten(2).repeat_interleave(window, 1) for c in others])
+
+
 # -- reductions and what reads along a dimension
 
 
@@ -77,7 +92,7 @@ def _reduce(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> No
 
 @rule(
     "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort", "flip", "roll",
-    "logcumsumexp", "topk", "_fft_c2c",
+    "logcumsumexp", "topk", "_fft_c2c", "_fft_r2c", "_fft_c2r",
 )  # fmt: skip
 def _along(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x = args[0]

@@ -29,7 +29,9 @@ __all__ = [
     "random_like",
 ]
 
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_WIDER = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64) | {
+    torch.complex64: torch.complex128
+}
 
 
 class _Wide(TorchDispatchMode):
@@ -39,8 +41,8 @@ class _Wide(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _NARROW:
-            kwargs["dtype"] = torch.float64
+        if kwargs.get("dtype") in _WIDER:
+            kwargs["dtype"] = _WIDER[kwargs["dtype"]]
         return func(*args, **kwargs)
 
 
@@ -91,7 +93,18 @@ def double_copy(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: If the model cannot be copied.
     """
-    return plain_copy(model).double().eval()
+    copied: nn.Module = plain_copy(model)._apply(_widened)
+    return copied.eval()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return (
+        tensor.to(torch.complex128)
+        if tensor.is_complex()
+        else tensor.double()
+        if tensor.is_floating_point()
+        else tensor
+    )
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -116,14 +129,17 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def random_like(inputs: Any, generator: torch.Generator | None) -> Any:
-    """Inputs in float64: floats drawn anew (as given where ``generator`` is None), all else as given."""
+    """Inputs in float64 (complex128): numbers drawn anew (as given where ``generator`` is None), all else as given."""
 
     def drawn(_: object, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             return leaf
-        if generator is None:
-            return leaf.detach().double()
-        return torch.randn(leaf.shape, dtype=torch.float64, generator=generator).to(leaf.device)
+        wide = _widened(leaf.detach())
+        return (
+            wide
+            if generator is None
+            else torch.randn(wide.shape, dtype=wide.dtype, generator=generator).to(leaf.device)
+        )
 
     return map_leaves(drawn, inputs)
 
@@ -132,9 +148,9 @@ def random_like(inputs: Any, generator: torch.Generator | None) -> Any:
 def add_noise(model: nn.Module, generator: torch.Generator, share: float = 0.1) -> None:
     """Noise on all parameters, in place: this share of each one's size, or of 1 where it is zero."""
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel():
-            size = float(parameter.square().mean().sqrt()) or 1.0
-            noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        if (parameter.is_floating_point() or parameter.is_complex()) and parameter.numel():
+            size = float(parameter.abs().square().mean().sqrt()) or 1.0
+            noise = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
             parameter.add_(noise.to(parameter.device), alpha=share * size)
 
 

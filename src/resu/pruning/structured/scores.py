@@ -63,7 +63,7 @@ def unit_scores(
     names = {name for group in groups.values() for name, _ in group.places if known[name].tensor.ndim > 1}
     if importance in NORMS:
         power = NORMS[importance]
-        values = {name: known[name].tensor.detach().double().abs() ** power for name in names}
+        values = {name: known[name].tensor.detach().abs().double() ** power for name in names}
     else:
         importances[importance]  # unknown names are said before data are run
         values = _registered(model, names, importance, calibration, loss_fn, seed)
