@@ -249,6 +249,9 @@ def test_a_sparse_commit_keeps_the_count_and_the_strongest(folders: dict[str, Pa
     acting = {name: loaded.model.get_submodule(name[:-7]).effective_weight().detach().clone() for name in masks}
     model, kept = prepared.finish()
     assert list(kept) == list(masks)
+    back = sum(int((mask.mask & ~masks[name].mask).sum()) for name, mask in kept.items())
+    assert prepared.notes[0].startswith(f"{back} of {sum(m.n_pruned for m in masks.values())} pruned positions came")
+    assert back > 0
     for name, mask in kept.items():
         assert mask.n_active == masks[name].n_active
         weight, bits = model.get_parameter(name), mask.mask

@@ -43,12 +43,25 @@ def prepare_theta(loaded: LoadedModel, masks: Masks, config: FinetuneConfig) -> 
         _enter(layer, start, config)
     let_train(model, others)
 
-    def finish() -> tuple[Any, Masks]:
-        kept = {name: commit_layer(layer, config) for name, layer in layers.items()}
-        return model, {name: mask for name, mask in kept.items() if mask is not None}
-
     updating = list(layers.values()) if config.method == "qresu-selective" else []
-    return Prepared(model, finish, self_updating=updating)
+    prepared = Prepared(model, lambda: (model, {}), self_updating=updating)
+
+    def finish() -> tuple[Any, Masks]:
+        found = {name: commit_layer(layer, config) for name, layer in layers.items()}
+        kept = {name: mask for name, mask in found.items() if mask is not None}
+        if kept:
+            prepared.notes.append(_came_back(masks, kept))
+        return model, kept
+
+    prepared.finish = finish
+    return prepared
+
+
+def _came_back(before: Masks, after: Masks) -> str:
+    """What a commit that keeps the count made of θ; where nothing came back all that was trained is gone."""
+    back = sum(int((mask.mask & ~before[name].mask.to(mask.device)).sum()) for name, mask in after.items())
+    pruned = sum(before[name].n_pruned for name in after)
+    return f"{back} of {pruned} pruned positions came back at the commit; the rest of θ is gone"
 
 
 def _layer(model: Any, name: str) -> RESUModule:

@@ -73,9 +73,10 @@ def save_shrunk(
         warnings = [f"tensor {name} is not in the output" for name in lost]
         warnings += [f"{file} was not copied: it holds the weights as they were" for file in left_out]
         if (folder / "masks.safetensors").is_file():
+            but = " but where the update has fitted weights" if report.get("update") else ""
             warnings.append(
-                "masks.safetensors was not copied: masks are of the former sizes (zeros stay zeros; resu finetune "
-                "--mask zeros holds them)"
+                f"masks.safetensors was not copied: masks are of the former sizes (zeros stay zeros{but}; resu "
+                "finetune --mask zeros holds them)"
             )
         written = {
             **report,
