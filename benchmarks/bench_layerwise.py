@@ -9,7 +9,6 @@ A Llama-shaped model with random weights; each way runs in a process of its own,
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import resource
 import subprocess
@@ -17,10 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from machine import machine
+from machine import machine, write_rows
 
 WAYS = ("forward", "hessians at once", "hessians by block", "wanda", "sparsegpt", "wanda owl", "magnitude")
-COLUMNS = ("weights", "blocks", "width", "tokens", "way", "extra_mib", "cpu_seconds", "cpu", "torch")
 
 
 def run(way: str, blocks: int, width: int, batches: int) -> dict[str, object]:
@@ -97,11 +95,7 @@ def main() -> int:
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(printed.splitlines()[-1]))
         print(f"{way:20} {rows[-1]['extra_mib']:8.1f} MiB {rows[-1]['cpu_seconds']:8.2f} s")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, rows)
     return 0
 
 

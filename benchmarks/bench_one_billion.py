@@ -10,14 +10,13 @@ model of 2.1 GB never exists. θ is bfloat16, activations are recomputed, gradie
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
-from machine import machine
+from machine import machine, write_rows
 from resu.core.peak_memory import resident_memory
 from resu.integrations.streamed_load import load_streamed, to_qresu
 from resu.modules.convert import get_resu_modules, resurrection_parameters
@@ -97,10 +96,7 @@ def main() -> None:
     for name, value in row.items():
         print(f"{name}: {value}")
     if given.csv is not None:
-        with open(given.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            writer.writeheader()
-            writer.writerow(row)
+        write_rows(given.csv, [row])
 
 
 if __name__ == "__main__":

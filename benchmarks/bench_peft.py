@@ -26,7 +26,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from machine import machine
+from machine import machine, write_rows
 from resu.core.peak_memory import measure_memory
 from resu.experiments.render import fill
 from resu.integrations.peft import QRESUAdapterConfig, RESUAdapterConfig, SparseLoRAAdapterConfig
@@ -169,11 +169,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{row['file_mib']:9.1f} MiB on disk",
                 flush=True,
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows)
     print(f"written to {args.out}")
     return 0
 

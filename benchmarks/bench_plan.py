@@ -9,7 +9,6 @@ and the bits of masks, which NumPy makes and the allocator does not see.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from machine import machine
+from machine import machine, write_rows
 from resu.core.peak_memory import measure_memory
 from resu.integrations.hf_plan import predict_step
 from resu.integrations.training_program import Setup, training_program
@@ -100,10 +99,7 @@ def main() -> None:
         rows.append(compare(name))
         print(*list(rows[-1].values())[:8], sep="\t", flush=True)
         if given.csv is not None:  # whole after each, so that an interrupt loses nothing
-            with open(given.csv, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(given.csv, rows)
     worst = max(rows, key=lambda row: abs(row["error_percent"]))
     print(f"largest error: {worst['error_percent']} % ({worst['program']})")
 

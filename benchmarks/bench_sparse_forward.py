@@ -9,14 +9,13 @@ rounds (a threshold must hold on bad days too). Several layers take turns, so th
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from machine import machine
+from machine import machine, write_rows
 from resu import RESULinear
 
 
@@ -65,11 +64,7 @@ def main() -> int:
                 }
                 print(*row.values(), flush=True)
                 rows.append({**row, **machine()})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows)
     return 0
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from machine import machine
+from machine import machine, write_rows
 from resu.core.peak_memory import measure_memory
 from resu.experiments.render import fill
 from resu.pruning.sparse_lora import SparseLoRAConfig, apply_sparse_lora, lora_parameters
@@ -190,11 +190,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{row['held_mib']:9.1f} MiB held{row['peak_mib']:9.1f} MiB peak   {WHAT[method]}",
                 flush=True,
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows)
     print(f"written to {args.out}")
     return 0
 

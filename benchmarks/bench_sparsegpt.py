@@ -13,7 +13,6 @@ columns at once. ``error`` is ``‖(W-Ŵ)X‖ / ‖WX‖`` over the calibration 
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import statistics
 import sys
@@ -24,25 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from machine import machine
+from machine import machine, write_rows
 from resu.core.pattern import NM, Unstructured
 from resu.pruning.dsnot import dsnot
 from resu.pruning.hessian import factorise
 from resu.pruning.sparsegpt import reconstruct, sparsegpt
-
-COLUMNS = (
-    "way",
-    "width",
-    "seconds_median",
-    "ratio_p25",
-    "error",
-    "rounds",
-    "device",
-    "threads",
-    "cpu",
-    "torch",
-    "python",
-)
 
 
 def inputs(width: int, tokens: int, device: str) -> Tensor:
@@ -152,11 +137,7 @@ def main() -> int:
     rows = [
         row for width in options.widths for row in measure(width, options.rounds, options.device, options.naive_up_to)
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, rows)
     for row in rows:
         cost = f"{row['seconds_median']:>8} s {row['ratio_p25']:>8}x wanda"
         print(f"{row['width']:>5} {row['way']:<22} {cost}  {row['error']}")

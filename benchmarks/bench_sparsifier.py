@@ -11,7 +11,6 @@ one more.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from machine import machine
+from machine import machine, write_rows
 from resu.training import RESU, Algorithm, Sparsifier, Static
 
 RULES: dict[str, Algorithm | None] = {
@@ -31,7 +30,6 @@ RULES: dict[str, Algorithm | None] = {
     "tournament every 2": RESU(sparsity=0.9, initial_sparsity=None, interval=2),
     "tournament every 1": RESU(sparsity=0.9, initial_sparsity=None, interval=1),
 }
-COLUMNS = ("network", "weights", "batch", "rule", "ratio_mean", "ratio_p25", "ms_median", "rounds", "cpu", "torch")
 
 
 def network(sizes: list[int], device: str) -> nn.Sequential:
@@ -105,11 +103,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = measure([784, 300, 100, 10], 128, options.rounds, options.device)
     rows += measure([1024, 1024, 1024, 10], 512, options.rounds, options.device)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, rows)
     for row in rows:
         print(f"{row['network']:<20} {row['rule']:<20} {row['ratio_mean']:>6}x dense  {row['ms_median']:>8} ms")
     return 0

@@ -16,7 +16,6 @@ memory. Processes are limited to ``--limit`` GB, so that what does not fit fails
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -29,25 +28,10 @@ from pathlib import Path
 
 import torch
 
-from machine import machine
+from machine import machine, write_rows
 
 SPARSITY = 0.7
 RUNS = ("copy", "resu", "resu, 2 threads", "global_unstructured", "torch.topk")
-COLUMNS = (
-    *(
-        "size_gb",
-        "weights",
-        "run",
-        "seconds",
-        "times_copy",
-        "times_copy_range",
-        "peak_mb",
-        "kept",
-        "exact_count",
-        "equal_positions",
-    ),
-    *("note", "rounds", "load", "cpu", "torch"),
-)
 
 
 def generate(folder: Path, size: float, files: int) -> int:
@@ -280,11 +264,7 @@ def main() -> int:
     for size in (options.small, options.size):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             rows += measure(Path(folder), size, options.files, options.rounds, options.limit, runs)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.out, rows)
     for row in rows:
         print(
             f"{row['size_gb']:>4} GB  {row['run']:<20} {row['seconds']:>8} s  {row['times_copy']:>5} x copy  "
