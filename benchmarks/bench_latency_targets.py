@@ -1,6 +1,7 @@
 """Targets of latency: whether the smaller models take the time that was asked for, found on this machine.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_latency_targets.py
+    python benchmarks/bench_latency_targets.py --page docs/structured.md
 
 ResNet-56 by whole channels and by whole blocks, all-MiniLM-L6-v2 by heads and feed-forward width (on texts of 128
 tokens), on one thread. ``found`` is the time of the smaller model, over that of the model as it was, that the search
@@ -30,6 +31,7 @@ from resu.experiments.data.folder import find_file, find_folder
 from resu.experiments.data.sources import load
 from resu.experiments.hf_pruning import minilm_directory
 from resu.experiments.models import load_resnet
+from resu.experiments.render import fill
 from resu.experiments.rows import append, read
 from resu.integrations.hf import load_model
 from resu.integrations.shrink.measure import Costs, measured_latency, sample_inputs, smaller_copy
@@ -140,6 +142,16 @@ def runs(settings: Sequence[Setting], times: int) -> Iterator[Row]:
         )
 
 
+def tables(out: Path) -> dict[str, str]:
+    """The table of a page, from the CSV."""
+    lines = ["| model | what goes | inputs | asked | found | measured again |", "|---|---|---|---:|---:|---:|"]
+    for row in read(out, Row):
+        inputs = f"{row.batch} image{'s' * (row.batch > 1)}" if row.model == RESNET else f"{row.batch}×128 tokens"
+        again = ", ".join(f"{float(value):.2f}" for value in row.again.split())
+        lines.append(f"| {row.model} | {row.way} | {inputs} | {row.target:g}x | {row.found:.2f}x | {again} |")
+    return {"targets": "\n".join(lines)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,7 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=int, help="only these numbers of images or texts")
     parser.add_argument("--targets", nargs="+", type=float, help="only these")
     parser.add_argument("--again", type=int, default=3, help="how often the time is measured anew")
+    parser.add_argument("--page", type=Path, help="only write the table of OUT into this Markdown page")
     given = parser.parse_args(arguments)
+    if given.page is not None:
+        fill(given.page, tables(given.out).get)
+        return 0
     torch.set_num_threads(1)
     done = {row.setting for row in read(given.out, Row)}
     wanted = [

@@ -70,6 +70,9 @@ def test_latency_targets_without_a_clock(tmp_path, monkeypatch, capsys):
     row = module.read(out, module.Row)[0]
     assert (row.found, row.met, row.again, row.met_again) == (0.728, True, "0.350 0.742 1.400", False)
     assert "met 10 and, measured again, 0 of 10" in capsys.readouterr().out
+    shown = module.tables(out)["targets"].splitlines()
+    assert shown[2] == "| ResNet-56 | blocks | 1 image | 0.7x | 0.73x | 0.35, 0.74, 1.40 |"
+    assert len(shown) == 12
 
 
 def test_sparse_training(tmp_path):
