@@ -32,6 +32,7 @@ class Between(nn.Module):
 
 
 IMAGES, TOKENS, SERIES = torch.zeros(2, 3, 8, 8), torch.randint(10, (2, 4)), torch.zeros(2, 5, 4)
+PICKED = torch.tensor([[0, 1], [4, 2]])[..., None]
 GRID = torch.linspace(-1, 1, 2 * 4 * 4 * 2).view(2, 4, 4, 2)
 
 
@@ -70,6 +71,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
         lambda: Between(nn.Conv2d(3, 8, 1), filtered, nn.Conv2d(8, 2, 1), torch.randn(8, 8, 5, dtype=torch.complex64)),
         IMAGES,
     ),
+    "tokens picked": (
+        lambda: Between(
+            nn.Linear(4, 8), lambda m, x: x.gather(1, PICKED.expand(-1, -1, x.shape[-1])).relu(), nn.Linear(8, 2)
+        ),
+        SERIES,
+    ),
     "complex layers": (
         lambda: Between(nn.Linear(4, 8, dtype=torch.complex64), lambda m, x: x.abs(), nn.Linear(8, 2)),
         torch.zeros(3, 4, dtype=torch.complex64),
@@ -96,6 +103,33 @@ def test_a_spectrum_over_channels_fixes_them() -> None:
     model = Between(nn.Linear(4, 8), lambda m, x: torch.fft.rfft(x).abs(), nn.Linear(5, 2))
     with pytest.raises(ValueError, match="_fft_r2c goes along it"):
         StructuredPruner(0.5, SERIES).prune(model)
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (lambda m, x: x.gather(1, PICKED.repeat(1, 1, 8)), "with a tensor of a size of its own"),
+        (lambda m, x: F.pad(x.gather(1, PICKED.expand(-1, -1, 4)), (0, 4)), "it is indexed"),
+        (lambda m, x: x.gather(2, PICKED.expand(-1, -1, 8)), "it is indexed"),
+    ],
+)
+def test_what_is_picked_otherwise_stays(between: Callable[[Any, Tensor], Tensor], why: str) -> None:
+    model = Between(nn.Linear(4, 8), between, nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=why):
+        StructuredPruner(0.5, SERIES).prune(model)
+
+
+def test_operations_that_a_rule_cannot_follow_fix_what_enters_them() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda row: self.b(self.a(row).relu()))(x)
+
+    with pytest.raises(ValueError, match="cannot be followed, at a"):
+        StructuredPruner(0.5, torch.zeros(3, 4)).prune(Mapped())
 
 
 def test_magnitudes_of_complex_weights_are_scores() -> None:

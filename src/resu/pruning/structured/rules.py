@@ -54,12 +54,15 @@ def apply_rule(watcher: Watcher, func: Any, args: tuple[Any, ...], kwargs: dict[
     labelled = [x for x in given if watcher.labels_of(x)]  # each is to be looked at, for uses around parameters
     if not labelled:
         return
-    if name in rules:
-        rules[name](watcher, func, args, kwargs, out)
-    elif name in _ELEMENTWISE.split() or torch.Tag.pointwise in func.tags:
-        elementwise(watcher, name, given, out)
-    else:
-        watcher.fix(labelled, f"no rule for the operation {name!r}, at {watcher.place}")
+    try:
+        if name in rules:
+            rules[name](watcher, func, args, kwargs, out)
+        elif name in _ELEMENTWISE.split() or torch.Tag.pointwise in func.tags:
+            elementwise(watcher, name, given, out)
+        else:
+            watcher.fix(labelled, f"no rule for the operation {name!r}, at {watcher.place}")
+    except Exception as error:  # tensors that are not what they seem, as inside of vmap
+        watcher.fix(labelled, f"the operation {name!r} cannot be followed, at {watcher.place} ({str(error)[:100]})")
 
 
 def elementwise(watcher: Watcher, name: str, given: list[Tensor], out: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resu.pruning.structured.flow import Operand, apart, merge, reshape
-from resu.pruning.structured.rules import put, rule
+from resu.pruning.structured.rules import fixed_along, put, rule
 from resu.pruning.structured.units import varying
 
 if TYPE_CHECKING:
@@ -218,6 +218,17 @@ def _index(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     full = [c.expand(x.shape).contiguous().to(x.device) for c in rest]
     moved = [watcher.units.compact(func(c, *args[1:], **kwargs).cpu()) for c in full]
     watcher.put(out, [c for c in moved if c is not None])
+
+
+@rule("gather")
+def _gather(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Along other dimensions than its own the index has to be as long as what is left, so to be expanded to it."""
+    x, dim, index = args[0], args[1] % args[0].ndim, args[2]
+    watcher.fix([index], f"it indexes another tensor, at {watcher.place}")
+    read = [d for d in range(x.ndim) if d == dim or index.shape[d] != x.shape[d]]
+    others = fixed_along(watcher, watcher.labels_of(x), read, "it is indexed")
+    operands = [Operand.of(x, others), Operand.of(index, [])]
+    watcher.put(out, merge(watcher.units, operands, f"gather at {watcher.place}"))
 
 
 @rule("constant_pad_nd")
