@@ -45,7 +45,7 @@ def _kept(weight: Tensor, mask: SparseMask) -> Tensor:
     words = weight.view(_WORDS[weight.element_size()]) if weight.element_size() in _WORDS else weight
     if weight.device.type != "cpu":
         return mask.get_active(words).contiguous().view(weight.dtype)
-    # Several times faster than masked_select.
+    # Faster than masked_select.
     taken = words.reshape(-1).numpy().take(np.flatnonzero(mask.mask.numpy()))
     return torch.from_numpy(taken).view(weight.dtype)
 

@@ -15,6 +15,6 @@ def wanda(weight: Tensor, stats: Stats) -> Tensor:
     language models, where ``sparsegpt`` or ``distribution="owl"`` hold longer, and with data unlike the model's use.
     Differs from the authors' code: ties keep exactly the count, padding tokens do not count, and norms
     are over all tokens, not divided by the number of sequences (which changes no ranking within a layer). Compared
-    over the whole layer instead of by row it is another method, with about a third of its positions different.
+    over the whole layer instead of by row it is another method: other positions stay.
     """
     return wide(weight).abs() * input_norms(weight, stats)
