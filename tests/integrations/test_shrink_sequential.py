@@ -78,7 +78,7 @@ def test_the_stream_comes_nearer_to_what_it_was(kind, depth):
 
 def passing(model, site, batches):
     """The stream, the inputs and the outputs of a site's layer, of all tokens, by running the whole model."""
-    found = {"stream": [], "input": [], "output": []}
+    found = {"stream": [], "input": [], "output": [], "written": []}
     base = model.base_model
 
     def stream(module, args, options):
@@ -91,6 +91,9 @@ def passing(model, site, batches):
     hooks = [
         base.get_submodule(site.stream).register_forward_pre_hook(stream, with_kwargs=True),
         base.get_submodule(site.outer).register_forward_hook(layer),
+        base.get_submodule(site.norm or site.outer).register_forward_hook(
+            lambda module, args, output: found["written"].append(output)
+        ),
     ]
     with torch.no_grad():
         for batch in batches:
@@ -117,10 +120,27 @@ def fit_by_the_book(small, dense, batches, blocks):
     judges = (texts % 4 == 3) | (texts == texts.max())
     real = masks.bool().flatten()
     whole = {(site.block, site.kind): site for site in sites_of(dense)}
+    ends = None  # of blocks that give a sum: what comes behind the last one that stays
+    if max(blocks) < 3 and type(small).__name__ not in (
+        "BertModel",
+        "ElectraModel",
+        "DistilBertForSequenceClassification",
+    ):
+        ends = passing(dense, whole[3, "ffn"], batches)
+        ends = ends["stream"] + ends["written"]
     for site in sites_of(small):
         was = passing(dense, whole[blocks[site.block], site.kind], batches)
         now = passing(small, site, batches)
-        a, t = now["input"], was["output"] + was["stream"] - now["stream"]
+        a, y, missing = now["input"], was["output"], was["stream"] - now["stream"]
+        norm = {"heads": "post_attention_layernorm", "ffn": "post_feedforward_layernorm"}[site.kind]
+        gain, scale = torch.ones(()), torch.ones(())
+        if small.config.model_type == "gemma2":
+            found = blocks_of(small)[site.block].get_submodule(norm)
+            gain, scale = 1 + found.weight, (y.square().mean(1, keepdim=True) + found.eps).sqrt()
+            slope = scale * gain / (gain.square() + 0.1 * gain.square().mean())
+        if (site.block, site.kind) == (len(blocks) - 1, "ffn") and ends is not None:
+            missing = ends - gain * y / scale - now["stream"]
+        t = y + missing * (slope if small.config.model_type == "gemma2" else 1)
         layer = small.base_model.get_submodule(site.outer)
         turned = type(layer) is not torch.nn.Linear
         weight, bias = (layer.weight.T if turned else layer.weight).clone(), layer.bias
@@ -141,8 +161,10 @@ def fit_by_the_book(small, dense, batches, blocks):
                 layer.bias.copy_(bias)
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra", "llama", "llama-bias", "mistral", "gpt2", "qwen3"])
-@pytest.mark.parametrize("blocks", [None, [1, 3]])
+@pytest.mark.parametrize(
+    "kind", ["bert", "distilbert", "electra", "llama", "llama-bias", "mistral", "gpt2", "qwen3", "gemma2"]
+)
+@pytest.mark.parametrize("blocks", [None, [1, 3], [0, 2]])
 def test_blockwise_fits_are_those_of_whole_passes(kind, blocks):
     model = make(kind, attention="eager").double()
     batches = batches_of(model, 3)
@@ -156,7 +178,9 @@ def test_blockwise_fits_are_those_of_whole_passes(kind, blocks):
     fit_by_the_book(reference, model, batches, range(4) if blocks is None else blocks)
     changed = 0
     for name, value in reference.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-7, atol=1e-9)
+        # Norms of Gemma 2 compute in float32 whatever they are given.
+        close = {"rtol": 1e-3, "atol": 1e-4} if kind == "gemma2" else {"rtol": 1e-7, "atol": 1e-9}
+        torch.testing.assert_close(ours.state_dict()[name], value, **close)
         changed += not torch.equal(value, before[name])
     assert changed
     sites = 2 * len(blocks_of(ours))

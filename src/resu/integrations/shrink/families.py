@@ -32,7 +32,9 @@ class Family:
         contract: The layer out of it.
         width: Key of the configuration that holds the feed-forward width.
         streams: The modules whose input is the stream that the attention's and the feed-forward layer's result is
-            added to; empty where a norm stands between the result and the sum.
+            added to.
+        norms: The norms that stand between the results and the sum, where there are any.
+        sums: Whether a block gives the last sum itself, not what a norm makes of it.
     """
 
     blocks: str
@@ -41,8 +43,10 @@ class Family:
     output: str
     expand: tuple[str, ...]
     contract: str
+    streams: tuple[str, str]
+    norms: tuple[str, str] | None = None
+    sums: bool = True
     width: str = "intermediate_size"
-    streams: tuple[str, ...] = ()
 
 
 _BERT = Family(
@@ -53,6 +57,7 @@ _BERT = Family(
     expand=("intermediate.dense",),
     contract="output.dense",
     streams=("attention", "intermediate"),
+    sums=False,
 )
 _LLAMA = Family(
     blocks="layers",
@@ -63,7 +68,11 @@ _LLAMA = Family(
     contract="mlp.down_proj",
     streams=("input_layernorm", "post_attention_layernorm"),
 )
-_GEMMA2 = replace(_LLAMA, streams=())
+_GEMMA2 = replace(
+    _LLAMA,
+    streams=("input_layernorm", "pre_feedforward_layernorm"),
+    norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
 _DISTILBERT = Family(
     blocks="transformer.layer",
     attention="attention",
@@ -73,6 +82,7 @@ _DISTILBERT = Family(
     contract="ffn.lin2",
     width="hidden_dim",
     streams=("attention", "ffn"),
+    sums=False,
 )
 _GPT2 = Family(
     blocks="h",
@@ -132,8 +142,8 @@ class Site:
         columns: Those columns, as :class:`Rows` of the transposed weight.
         inner: The rows of the weights that feed them.
         queries: Query heads per unit; 1 for neurons.
-        stream: The module whose input is the stream that the result of ``outer`` is added to; None where a norm stands
-            between.
+        stream: The module whose input is the stream that the result of ``outer`` is added to.
+        norm: The norm that stands between, if one does.
     """
 
     name: str
@@ -143,7 +153,8 @@ class Site:
     columns: Rows
     inner: tuple[Rows, ...]
     queries: int = 1
-    stream: str | None = None
+    stream: str = ""
+    norm: str | None = None
 
     @property
     def outer(self) -> str:
@@ -226,10 +237,12 @@ def _sites_of_block(family: Family, block: nn.Module, index: int) -> list[Site]:
     width = shape_of(block.get_submodule(family.contract))[1]
     expand = tuple(Rows(prefix + name, 1) for name in family.expand)
     mixing, contract = Rows(prefix + family.output, group * size), Rows(prefix + family.contract, 1)
-    streams: list[str | None] = [prefix + name for name in family.streams] or [None, None]
+    streams = [prefix + name for name in family.streams]
+    norms = [None, None] if family.norms is None else [prefix + name for name in family.norms]
+    mlp = prefix + family.contract.rpartition(".")[0]
     return [
-        Site(prefix + family.attention, "heads", index, keys, mixing, inner, group, streams[0]),
-        Site(prefix + family.contract.rpartition(".")[0], "ffn", index, width, contract, expand, stream=streams[1]),
+        Site(prefix + family.attention, "heads", index, keys, mixing, inner, group, streams[0], norms[0]),
+        Site(mlp, "ffn", index, width, contract, expand, stream=streams[1], norm=norms[1]),
     ]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resu.core.layers import every_weight, is_conv1d_of_transformers
+from resu.integrations.shrink.activity import run_batches
 from resu.integrations.shrink.families import Site, blocks_of, family_of, sites_of
 from resu.integrations.shrink.refit import Fitted
 from resu.integrations.shrink.removal import handing_on
@@ -24,6 +25,7 @@ Batch = Mapping[str, Tensor]
 Progress = Callable[[int, int, str], None]
 _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean second moment
 _JUDGES = 4  # one text in so many judges the penalty
+_FAINT = 0.1  # of a norm's mean squared gain: channels of less do not have to make up for all that they miss
 
 
 def sequential_weights(
@@ -42,9 +44,14 @@ def sequential_weights(
     ``E‖(y + x − x̃) − W'ã‖² + λ‖W' − W‖²``, with a bias where the layer has one. So it makes up for what the layers
     before it changed, blocks that go among them; targets are not those of the layer alone, as in ThiNet (Luo et al.
     2017, arXiv 1707.06342, eq. 6), and inputs are those that the layer will have, as in layer-wise reconstruction since
-    Channel Pruning (He et al. 2017, arXiv 1707.06168, sec. 3.2). Where a norm stands between the layer and the sum
-    (Gemma 2) the target is ``y``. ``λ`` is the one whose fit on three of four texts errs least on the fourth ones;
-    where every fit errs more than the weights that are there, these stay.
+    Channel Pruning (He et al. 2017, arXiv 1707.06168, sec. 3.2). ``λ`` is the one whose fit on three of four texts errs
+    least on the fourth ones; where every fit errs more than the weights that are there, these stay.
+
+    Behind the last block that stays, ``x`` is taken to hold all that blocks behind it add, if they go; not where a norm
+    follows the last sum of a block (BERT and its kin), as there it would not be a sum. Where a norm of gain ``g``
+    stands between a layer and the sum (Gemma 2), ``x − x̃`` is multiplied by ``r g / (g² + E[g²] / 10)``, with ``r`` the
+    root mean square of ``y``: by the norm's slope at ``y``, but for the tenth, which keeps channels of little gain
+    from growing without bound.
 
     The smaller model is this one with layers that read only the units that stay, so that there is no second one. All
     batches run through both models block by block, about four times through each block. Held meanwhile, in main memory,
@@ -69,11 +76,14 @@ def sequential_weights(
         ValueError: With fewer than two texts.
     """
     check_batches(batches)
-    base, stay = model.base_model, range(len(blocks_of(model))) if blocks is None else blocks
+    base, depth = model.base_model, len(blocks_of(model))
+    stay = range(depth) if blocks is None else blocks
     sites = [site for site in sites_of(model) if site.block in stay]
     names = {f"{site.outer}.weight" for site in sites}
     layers = {name: layer for name, layer in every_weight(base).items() if name in names}
     judges, found = _judges(batches), dict[str, Fitted]()
+    # Behind the last block that stays no layer comes that could make up for the ones that go.
+    ends = _ends(model, batches) if family_of(model).sums and max(stay) < depth - 1 else None
     before: Activations = [{} for _ in batches]
     now: Activations = [{} for _ in batches]
     with Walk(base, layers, batches, blocks=f"{family_of(model).blocks}.*") as walk:
@@ -87,6 +97,8 @@ def sequential_weights(
                         dense, output = _seen(base, layer.site, partial(whole.run, i))
                         if output is not None:
                             whole.keep(i, output)
+                        if ends is not None and layer.site is sites[-1]:
+                            dense["stream"] = ends[i].to(dense["stream"]) - dense["written"]
                         ours, _ = _seen(base, layer.site, partial(small.run, i, weights))
                         inputs, wanted = layer.regression(dense, ours)
                         real = batch["attention_mask"].bool()
@@ -100,6 +112,18 @@ def sequential_weights(
                 with nullcontext() if here else handing_on(small.block):
                     for i in range(len(batches)):
                         small.keep(i, small.run(i, weights))
+    return found
+
+
+def _ends(model: Any, batches: Sequence[Batch]) -> list[Tensor]:
+    """What the last block gives, for each batch, in main memory."""
+    found: list[Tensor] = []
+    hook = blocks_of(model)[-1].register_forward_hook(lambda module, args, output: found.append(output.cpu()))
+    try:
+        with torch.no_grad():
+            run_batches(model, batches, lambda batch: None)
+    finally:
+        hook.remove()
     return found
 
 
@@ -133,6 +157,10 @@ class _Narrow:
         self._weight = torch.zeros_like(layer.get_parameter("weight"), requires_grad=False)
         self._bias = None if bias is None else bias.detach().clone()
         self._turned = is_conv1d_of_transformers(layer)
+        self._through: tuple[Tensor, Tensor] | None = None
+        if site.norm is not None:
+            gain = base.get_submodule(site.norm)(torch.ones_like(weight[:, 0]))
+            self._through = gain, gain / (gain.square() + _FAINT * gain.square().mean())
         self._put(start.get(site.outer, (weight[:, self.columns], self._bias)))
 
     def _put(self, fitted: Fitted) -> None:
@@ -154,10 +182,13 @@ class _Narrow:
 
     def regression(self, dense: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What is read, and what should be given, ``[batch, tokens, …]`` each, by what was seen of both models."""
-        wanted = dense["output"]
-        if "stream" in dense:
-            wanted = wanted + (dense["stream"] - ours["stream"])
-        return ours["input"].index_select(-1, self.columns), wanted
+        missing = dense["stream"] - ours["stream"]
+        if self._through is not None:
+            gain, through = self._through
+            plain = gain * dense["output"]  # what the norm makes of it, but for the scale of each token
+            scale = plain.square().sum(-1) / (plain * dense["written"]).sum(-1).clamp(min=1e-30)
+            missing = scale[..., None] * through * missing
+        return ours["input"].index_select(-1, self.columns), dense["output"] + missing
 
     def fit(self, fitting: Sums, judging: Sums) -> None:
         """Take the weights of least error, which may be those that are there."""
@@ -175,7 +206,8 @@ class _ReachedError(Exception):
 
 
 def _seen(base: nn.Module, site: Site, run: Callable[[], Any]) -> tuple[dict[str, Tensor], Any]:
-    """The stream, and the input and output of a site's layer, while a block runs; and what the block gives.
+    """The stream, a site's layer's input and output, and what is added to the stream, while a block runs; and what the
+    block gives.
 
     Behind the heads a block has most of its work still before it, so it ends there, and gives None.
     """
@@ -189,12 +221,21 @@ def _seen(base: nn.Module, site: Site, run: Callable[[], Any]) -> tuple[dict[str
 
     def layer(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         found["input"], found["output"] = wide(args[0]), wide(output)
-        if site.kind == "heads":
-            raise _ReachedError
 
-    hooks = [base.get_submodule(site.outer).register_forward_hook(layer)]
-    if site.stream is not None:
-        hooks.append(base.get_submodule(site.stream).register_forward_pre_hook(stream, with_kwargs=True))
+    def written(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        found["written"] = wide(output)
+
+    def end(*args: Any) -> None:
+        raise _ReachedError
+
+    writer = base.get_submodule(site.norm or site.outer)
+    hooks = [
+        base.get_submodule(site.stream).register_forward_pre_hook(stream, with_kwargs=True),
+        base.get_submodule(site.outer).register_forward_hook(layer),
+        writer.register_forward_hook(written),
+    ]
+    if site.kind == "heads":
+        hooks.append(writer.register_forward_hook(end))
     try:
         return found, run()
     except _ReachedError:
