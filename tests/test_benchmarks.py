@@ -75,6 +75,15 @@ def test_latency_targets_without_a_clock(tmp_path, monkeypatch, capsys):
     assert len(shown) == 12
 
 
+def test_spinn_latency(tmp_path):
+    found = rows_of("bench_spinn_latency.py", tmp_path / "latency.csv", "--hidden", "32", "32", "--rounds", "3")
+    assert [row["network"] for row in found] == ["dense", "zeros in place", "neurons removed", "packed in rows"]
+    dense, zeros, smaller, packed = (int(row["parameters"]) for row in found)
+    assert zeros == packed < dense
+    assert smaller <= 0.3 * dense
+    assert float(found[2]["difference"]) < 1e-12
+
+
 def test_sparse_training(tmp_path):
     small = "--networks gpt --batch 1 --optimizers adamw --rules static rigl srigl resu --interval 4 --rounds 20"
     out = tmp_path / "times.csv"
