@@ -229,8 +229,7 @@ def markdown(rows: Sequence[Row]) -> str:
     note = (
         f"{SAMPLES} samples of {TOKENS} tokens, {EPOCHS} epochs; "
         f"{draws} of the calibration text. "
-        "Cost is in passes over tokens, relative to reconstruction of kept weights, which took "
-        f"{fmean([r.cpu_seconds for r in rows if r.way == 'kept']):.1f} processor seconds."
+        "Cost is in passes over tokens, relative to reconstruction of kept weights."
     )
     return "\n\n".join([note, *parts])
 
