@@ -62,6 +62,38 @@ def test_the_best_single_one_is_by_the_geometric_mean():
     assert best_single(grams).tolist() == [0.0, 1.0]
 
 
-def test_input_no_tool_is_refused():
+def biased(seed, candidates=7, rows=30):
+    """Errors of neighbours on a scale, as those of penalties are: much alike, with a bias that changes slowly."""
+    make = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=make, dtype=torch.float64)
+
+    for _ in range(1 + seed % 5):
+        end = 2 * float(torch.rand(1, generator=make)) - 1
+        bias = normal(1) * torch.linspace(1, end, candidates, dtype=torch.float64)[:, None]
+        own = 2 * torch.rand(candidates, 1, generator=make, dtype=torch.float64)
+        missed = bias + 0.5 * normal(1, rows) + 0.3 * own * normal(candidates, rows)
+        yield missed @ missed.T
+
+
+@pytest.mark.parametrize("seed", range(26, 32))
+def test_no_share_is_better_elsewhere(seed):
+    """The first-order condition: a softmax alone leaves shares at 0 that should not be there."""
+    grams = list(biased(seed))
+    shares = mixture(grams)
+    slope = sum(2 * g @ shares / (shares @ g @ shares) for g in grams)
+    assert slope.min() > slope @ shares - 1e-3
+
+
+def test_candidates_that_are_all_alike_and_errors_of_zero_have_equal_shares():
+    third = torch.full((3,), 1 / 3, dtype=torch.float64)
+    assert torch.allclose(mixture([torch.full((3, 3), 4.0)]), third)
+    assert torch.allclose(mixture([torch.zeros(3, 3), torch.zeros(3, 3)]), third)
+
+
+def test_input_no_tool_and_nan_are_refused():
     with pytest.raises(ValueError, match="at least one tool"):
         mixture([])
+    with pytest.raises(ValueError, match="must be finite; is there a NaN in the recording"):
+        mixture([torch.eye(3), torch.full((3, 3), float("nan"))])
