@@ -206,6 +206,19 @@ def test_other_ways_to_compute(place: Path, tmp_path: Path, method: str, changes
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == dtype
 
 
+@pytest.mark.parametrize("method", ["full", "masked", "resu", "qresu", "qresu-selective", "lora", "sparse-lora"])
+def test_float16_is_trained_by_what_can(place: Path, tmp_path: Path, method: str) -> None:
+    config = settings(place, method, dtype="float16", learning_rate=1e-3)
+    if method in ("full", "masked", "resu", "qresu"):
+        with pytest.raises(ValueError, match="adamw cannot train values of float16"):
+            finetune(config, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        config = settings(place, method, dtype="float16", learning_rate=1e-3, optimizer="adamw8bit")
+    report = finetune(config, tmp_path / "out")
+    assert report["evaluation"]["end"]["loss"] < report["evaluation"]["start"]["loss"]
+    assert all(weight.dtype is torch.float16 for weight in weights(tmp_path / "out").values())
+
+
 def test_gradient_checkpointing_changes_no_bit(place: Path, tmp_path: Path) -> None:
     finetune(settings(place, "qresu"), tmp_path / "a")
     finetune(settings(place, "qresu", gradient_checkpointing=True), tmp_path / "b")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from resu.core.enforcement import Constraint
@@ -55,9 +56,11 @@ def prepare(loaded: LoadedModel, masks: Masks, targets: list[str], config: Finet
         config: The settings.
 
     Raises:
-        ValueError: If a layer is of a kind that the method cannot act on.
+        ValueError: If a layer is of a kind that the method cannot act on, or what trains is of a dtype that the
+            optimizer cannot train.
     """
     prepared = _prepared(loaded, masks, targets, config)
+    _check_dtypes(prepared, config)
     if densified(config):
         prepared.notes.append(
             f"the source is sparse and what trains here gets dense: {config.method} "
@@ -68,6 +71,18 @@ def prepare(loaded: LoadedModel, masks: Masks, targets: list[str], config: Finet
             )
         )
     return prepared
+
+
+def _check_dtypes(prepared: Prepared, config: FinetuneConfig) -> None:
+    """Refuse torch's AdamW over float16, which works in the dtype of the weights: a step would divide by 0."""
+    own = {id(layer.theta) for layer in prepared.self_updating}
+    parameters = prepared.model.named_parameters()
+    half = [n for n, p in parameters if p.requires_grad and p.dtype is torch.float16 and id(p) not in own]
+    if half and config.optimizer == "adamw":
+        raise ValueError(
+            f"adamw cannot train values of float16 ({listing(half, 2)}): its ε of 1e-8 is 0 there, and a step divides "
+            "by 0; give the dtype bfloat16 or float32, or the optimizer adamw8bit, whose steps are made in float32"
+        )
 
 
 def densified(config: FinetuneConfig) -> bool:
