@@ -1,6 +1,15 @@
 """Tables from rows, by hand."""
 
-from resu.experiments.spinn.results import FieldRow, LeftOutRow, NewToolRow, OriginRow, Results, TwinRow
+from resu.experiments.spinn.results import (
+    FieldRow,
+    KnownToolRow,
+    LeftOutRow,
+    NewToolRow,
+    OriginRow,
+    Results,
+    TwinRow,
+    add,
+)
 from resu.experiments.spinn.table import tables
 
 
@@ -57,3 +66,25 @@ def test_tables_of_every_study():
     assert "| 4 | – |" in text
     assert "| **all rows together** | **0.800** |" in text  # 1 − (1 + 3) / (4 · 5)
     assert "| burgers | sparse | 70.0 % | 30 | 1.25e-02 | 1 |" in text
+
+
+def test_a_page_of_some_quantities_leaves_the_others_out():
+    rows = [new_tool(10, 0, 10, 5, 3, 5, 5, 1)]
+    assert "A new tool, turning wear" in tables(Results(new_tools=rows), {"wear": []}, {"wear": "µm"})
+    assert "A new tool, turning" not in tables(Results(new_tools=rows), {"thermal": []}, {"thermal": "µm"})
+
+
+def test_a_median_of_two_lies_between_them():
+    rows = [LeftOutRow("wear", "dense", g, 9, test, 1.0, 2, 0.0, 1.0, 1.0) for g, test in ((4, 0.2), (5, 0.6))]
+    assert "| median | 0.40 |" in tables(Results(left_out=rows), {"wear": [0.0, 1.0, 2.0, 3.0]}, {"wear": "mm"})
+
+
+def test_a_run_that_was_cut_off_between_two_rows_and_run_again_counts_once(tmp_path):
+    run = [new_tool(4, seed, 20, 1 + seed, 1, 3, 1, 2) for seed in range(3)]
+    pairs = [KnownToolRow("wear", a, b, (1.0,), 1.0) for a, b in ((3, 4), (4, 3), (3, 5))]
+    ways = [twin("wear", way, physics=physics) for way in ("dense", "sparse") for physics in (False, True)]
+    origins = [OriginRow("thermal", "dense", True, seed, (0.8,), (0.5,), 1.0) for seed in (0, 1)]
+    for row in (*run[:2], *run, *pairs[:1], *pairs, *ways[:1], *ways, *origins[:1], *origins):
+        add(tmp_path, row)
+    found = Results.read(tmp_path)
+    assert found == Results(twins=ways, origins=origins, known_tools=pairs, new_tools=run)

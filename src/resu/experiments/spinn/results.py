@@ -155,13 +155,20 @@ class Results:
     def read(cls, folder: str | Path) -> Results:
         """What the folder holds; nothing where it is empty or not there.
 
+        Of a run that is there twice (it was cut off between two rows, and run again) the last row counts.
+
         Raises:
             ValueError: If a file has other columns.
         """
-        found: dict[str, Any] = {name: rows.read(Path(folder) / f"{name}.csv", kind) for name, kind in KINDS.items()}
+        found: dict[str, Any] = {}
+        for name, kind in KINDS.items():
+            every = rows.read(Path(folder) / f"{name}.csv", kind)
+            found[name] = list({tuple(getattr(row, key, None) for key in RUN): row for row in every}.values())
         return cls(**found)
 
 
+#: What tells runs of a study apart, where its rows have it.
+RUN = ("quantity", "way", "physics", "group", "other", "seed")
 KINDS: dict[str, Any] = {
     "twins": TwinRow,
     "origins": OriginRow,

@@ -72,10 +72,10 @@ def left_out_table(some: Sequence[LeftOutRow], targets: Sequence[float]) -> str:
 
     def line(label: str, of: Callable[[list[float]], float]) -> None:
         values = {way: [at[way, g].test for g in groups if not math.isnan(at[way, g].test)] for way in ways}
-        lines.append([label, *(f"{of(sorted(values[way])):.2f}" for way in ways)])
+        lines.append([label, *(f"{of(values[way]):.2f}" for way in ways)])
 
-    line("median", lambda v: v[len(v) // 2])
-    line("lowest", lambda v: v[0])
+    line("median", median)
+    line("lowest", min)
     pooled = []
     for way in ways:
         errors, counts = zip(*((at[way, g].squared, at[way, g].rows) for g in groups), strict=True)
@@ -203,12 +203,12 @@ def tables(found: Results, targets: Mapping[str, Sequence[float]], units: Mappin
         if left_out := [row for row in found.left_out if row.quantity == name]:
             title = f"R² of {NAMES[name]} with one group left out at a time, seed 0:"
             parts += [title, left_out_table(left_out, values)]
-    for name in NAMES:
+    for name, unit in units.items():
         if new_tools := [row for row in found.new_tools if row.quantity == name]:
             parts += [
                 f"A new tool, {NAMES[name]}: each in turn is unknown to a sparse twin, which then sees the first 30 % "
                 "of its life; errors on the rest, three seeds:",
-                new_tool_table(new_tools, units[name]),
+                new_tool_table(new_tools, unit),
             ]
     if found.new_tools:
         parts += ["Shares of the candidates in these mixtures, mean over new tools:", share_table(found.new_tools)]
