@@ -160,7 +160,10 @@ def reshape(
             if len(differ) > 1:
                 free = differ[choose([sizes[k] for k in differ], [new_dims[where[k]] for k in differ])]
                 c = units.tie(c, tuple(k for k in differ if k != free), what)
-        result.append(c.expand(sizes).reshape(tuple(new)))
+        # Whole along the new dimensions that it differs in, and of size 1 along the others: not as large as the tensor.
+        whole = {where[k] for k in varying(c)}
+        c = c.expand([n if where[k] in whole else 1 for k, n in enumerate(sizes)])
+        result.append(c.reshape([n if d in {new_dims[w] for w in whole} else 1 for d, n in enumerate(new)]))
     return _clean(units, result)
 
 

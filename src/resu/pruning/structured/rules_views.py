@@ -78,6 +78,9 @@ def _move(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> N
             watcher.units.fix(c, f"read as complex numbers, at {watcher.place}")
         put(watcher, out, [c.squeeze(last) if name == "view_as_complex" else c.unsqueeze(-1) for c in rest])
         return
+    if name in ("t", "transpose", "permute", "unsqueeze"):  # the same for labels of size 1: none as large as the tensor
+        watcher.put(out, [func(c, *args[1:], **kwargs) for c in watcher.labels_of(args[0])])
+        return
     watcher.put(out, watcher.moved(args[0], func, *args[1:], **kwargs))
 
 

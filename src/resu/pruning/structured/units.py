@@ -34,28 +34,26 @@ class Units:
     """
 
     def __init__(self) -> None:
-        self._parent = np.zeros(1, dtype=np.int64)
+        self._parent = np.zeros(1, dtype=np.int64)  # of more labels than are given out, so that it grows seldom
+        self._size = 1
         self._reasons: dict[int, str] = {}
-        self._flat = True
 
     def new(self, n: int) -> Tensor:
         """Labels of ``n`` new units, ``[n]``."""
-        first = len(self._parent)
-        ids = np.arange(first, first + n)
-        self._parent = np.concatenate([self._parent, ids])
-        return torch.from_numpy(ids)
+        first, have = self._size, len(self._parent)
+        self._size += n
+        if self._size > have:
+            self._parent = np.concatenate([self._parent, np.arange(have, max(self._size, 2 * have))])
+        return torch.arange(first, self._size)
 
     def roots(self, labels: Tensor) -> Tensor:
         """The label that stands for each one's unit."""
-        if not self._flat:
-            parent = self._parent
-            while True:
-                above = parent[parent]
-                if np.array_equal(above, parent):
-                    break
-                parent = above
-            self._parent, self._flat = parent, True
-        return torch.from_numpy(self._parent[labels.numpy()])
+        ids = labels.numpy()
+        found = self._parent[ids]
+        while not np.array_equal(above := self._parent[found], found):
+            found = above
+        self._parent[ids] = found  # a shorter way the next time
+        return torch.from_numpy(found)
 
     def reason(self, label: int) -> str | None:
         """Why a unit is fixed; None if it is not."""
@@ -105,6 +103,7 @@ class Units:
     def _root(self, label: int) -> int:
         parent = self._parent
         while parent[label] != label:
+            parent[label] = parent[parent[label]]
             label = int(parent[label])
         return label
 
@@ -117,6 +116,5 @@ class Units:
             return
         low, high = min(x, y), max(x, y)
         self._parent[high] = low
-        self._flat = False
         if high in self._reasons:
             self._reasons.setdefault(low, self._reasons.pop(high))
