@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from resu.experiments.spinn.closed_form import output_layer, solve_output
+from resu.experiments.spinn.closed_form import output_layer, output_solutions, solve_output
 from resu.experiments.spinn.fitting import Recipe, fit
 from resu.experiments.spinn.laws import START_TAU, LumpedHeat, law_for, take_pairs
 from resu.experiments.spinn.recording import Recording
@@ -114,3 +114,49 @@ def test_a_law_that_holds_helps_where_there_is_little_data():
     test = data.test
     found = [score(t.predict(data.inputs[test]), data.targets[test]) for t in (with_law, without)]
     assert found[0] > found[1]
+
+
+def test_rows_that_count_often_begin_pairs_that_count_often(monkeypatch):
+    """Each pair is there once, with its number: a hundred copies of a series are gigabytes."""
+    data, seen = warm().prepare(), []
+    twin = twin_of(data, 0.3)
+    rows = torch.cat([data.train, data.test[:20].repeat(100)]).sort().values
+
+    def counted(data, ends, first, last):
+        seen.append(ends)
+        return take_pairs(data, ends, first, last)
+
+    monkeypatch.setattr("resu.experiments.spinn.closed_form.take_pairs", counted)
+    ((weight, bias),), unit = output_solutions(twin, data, rows, [10.0])
+    assert len(seen[0]) == len(seen[0].unique(dim=0)) == len(data.train) + 20 - 2
+    weight.requires_grad_()
+    bias.requires_grad_()
+    hidden = twin.network[:-1](data.inputs).detach().double()
+    found = hidden @ weight.T + bias
+    error = found[rows] - ((data.targets - twin.mean) / twin.scale)[rows]
+    ends = data.pairs(rows)
+    assert len(ends) == len(data.train) - 1 + 19 * 100
+    pairs = take_pairs(data, ends, *(twin.mean + twin.scale * found[end] for end in ends.T))
+    law = twin.law.double().residual(pairs) / twin.scale
+    loss = error.square().sum() + 10 * unit * weight.square().sum() + 0.3 * len(rows) * law.square().sum(1).mean()
+    for gradient in torch.autograd.grad(loss, [weight, bias]):
+        assert gradient.abs().max() < 1e-6 * len(rows)
+
+
+def test_without_a_pair_the_law_says_nothing():
+    data = dataclasses.replace(warm(), lag=1000).prepare()
+    twin = twin_of(data, 20.0)
+    law, twin.law = twin.law, None
+    without, _ = output_solutions(twin, data, data.train, [10.0])
+    twin.law = law
+    solved, _ = output_solutions(twin, data, data.train, [10.0])
+    assert torch.equal(solved[0][0], without[0][0])
+
+
+def test_hidden_units_that_do_not_vary_leave_the_mean():
+    data = warm().prepare()
+    twin = twin_of(data, None)
+    with torch.no_grad():
+        twin.network[-3].weight.zero_()
+    solve_output(twin, data, data.train, 1.0)
+    assert torch.allclose(twin.predict(data.inputs), data.targets[data.train].mean(0), atol=1e-4)

@@ -79,7 +79,8 @@ def output_solutions(
     """
     last = output_layer(twin)
     hidden, wanted = _units(twin, data.inputs), _wanted(twin, data.targets)
-    unit, middle = float(hidden[rows].var(0).mean()), hidden[rows].mean(0)
+    # Units that do not vary (tanh at its end) have nothing to say: the least penalty there is keeps them solvable.
+    unit, middle = max(float(hidden[rows].var(0).mean()), 1e-12), hidden[rows].mean(0)
     # The bias is one more column, which costs nothing; units about their mean keep it apart from the rest.
     columns = torch.cat([hidden - middle, torch.ones_like(hidden[:, :1])], 1)
     normal = _normal_equations(twin, data, columns, wanted, rows)
@@ -122,17 +123,22 @@ def _normal_equations(
     gram, right = counted @ x, counted @ y
     if not isinstance(twin.law, LumpedHeat):
         return [(gram, right[:, c]) for c in range(y.shape[1])]
-    ends = data.pairs(rows)
+    ends = data.pairs(once)
+    if not len(ends):
+        return [(gram, right[:, c]) for c in range(y.shape[1])]
+    often = torch.zeros(len(columns), dtype=torch.float64)
+    often[once] = times.double()
+    root = often[ends[:, 0]].sqrt()[:, None]  # a row that is listed twice begins two pairs
     pairs = take_pairs(data, ends, data.targets[ends[:, 0]], data.targets[ends[:, 1]])
     time = pairs.time.double()
     rate = (columns[ends[:, 1]] - columns[ends[:, 0]]) / time
     level = (columns[ends[:, 1]] + columns[ends[:, 0]]) / 2
     steady = ((twin.law.steady(pairs.drive) - twin.mean) / twin.scale).double()
-    share = twin.law.weight * len(rows) / len(ends)  # means in the loss, sums here
+    share = twin.law.weight * len(rows) / float(often[ends[:, 0]].sum())  # means in the loss, sums here
     found = []
     for c, tau in enumerate(twin.law.log_tau.exp().tolist()):
-        law = tau * rate + level
-        found.append((gram + share * law.T @ law, right[:, c] + share * law.T @ steady[:, c]))
+        law = root * (tau * rate + level)
+        found.append((gram + share * law.T @ law, right[:, c] + share * law.T @ (root[:, 0] * steady[:, c])))
     return found
 
 
