@@ -77,6 +77,37 @@ def test_parts_of_parameters_are_handed_on() -> None:
     assert StructuredPruner(0.5, torch.zeros(3, 4)).prune(model).units["a"] == (8, 4)
 
 
+def test_features_that_a_forward_pass_left_behind_are_no_hindrance() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.block = nn.Linear(3, 8), nn.Linear(8, 3), Residual3()
+            self.features: list[Tensor] = []
+            self._seen: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x).relu()
+            self.features, self._seen = [hidden], {"hidden": hidden}
+            out: Tensor = self.block(self.b(hidden))
+            return out
+
+    class Residual3(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.inner(x)
+            return out
+
+    model = Keeps()
+    model(X).sum().backward()
+    assert model.features[0].grad_fn is not None
+    assert StructuredPruner(0.5, X).prune(model).units == {"a": (8, 4)}
+    model(X).sum().backward()
+    assert list(BlockPruner(0.5, X, calibration=[X]).prune(model).units) == ["block"]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_quantized_weights_and_scripts_are_refused_with_what_to_do() -> None:
     quantization = pytest.importorskip("torchao.quantization")

@@ -208,7 +208,7 @@ def find_structure(model: nn.Module, example_inputs: Any) -> Structure:
             continue
         for place in places:
             if place in makers:
-                fixed.setdefault(makers[place], reason or "it is not used")
+                fixed.setdefault(makers[place], reason or "the example inputs do not run through it")
     groups: dict[str, Group] = {}
     for kind, members in alike.items():
         layers = _layers(known, makers, [place for place, _ in kind])

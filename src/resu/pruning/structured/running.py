@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resu.pruning.statistics import eager
 from resu.pruning.structured.outputs import comparable
-from resu.pruning.trees import map_leaves
+from resu.pruning.trees import leaves, map_leaves
 
 __all__ = [
     "add_noise",
@@ -113,12 +113,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: If the model cannot be copied.
     """
-    # Tensors that a forward pass left in attributes (weight norm does) would refuse to be copied.
+    # Tensors that a forward pass left in attributes (weight norm does, and whoever keeps features) cannot be copied.
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
+            for _, leaf in leaves(value):
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    memo[id(leaf)] = leaf.detach().clone()
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
