@@ -31,6 +31,7 @@ from resu.integrations.finetune.callbacks import Interrupts
 from resu.integrations.finetune.checkpoint import read_state, write_state
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.run import Interrupted, finetune
+from resu.integrations.folders import alone
 from tests.integrations.finetune_models import directory, labelled_file, text_file
 
 METHODS = ["full", "masked", "resu", "qresu", "qresu-selective", "lora", "sparse-lora"]
@@ -258,6 +259,13 @@ def test_an_adapter_of_the_source_does_not_come_along(place: Path, tmp_path: Pat
     assert names == {"adapter.json", "adapter.safetensors", "masks.safetensors"}
     finetune(settings(place, "masked", source=tmp_path / "second", sparsity=None, steps=1), tmp_path / "third")
     assert not (tmp_path / "third" / "adapter").exists()
+
+
+def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with alone(out), pytest.raises(FileExistsError, match="another run is making"):
+        finetune(settings(place, "full"), out, overwrite=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_replaced_unasked(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,15 @@
 """Model folders: whole or not there; what lies beside the weights comes along, dense weights do not."""
 
 import os
+import subprocess
+import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from resu.integrations.folders import check_apart, check_free, copy_companions, new_folder
+from resu.integrations.checkpoint import prune_checkpoint
+from resu.integrations.folders import alone, check_apart, check_free, copy_companions, new_folder
 
 
 def names(folder):
@@ -84,6 +89,37 @@ def test_companions_come_along_and_dense_weights_do_not(tmp_path):
     assert not (target / "linked.json").is_symlink()
 
 
+def test_two_runs_do_not_make_one_folder(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with alone(out), alone(tmp_path / "other"):
+        with pytest.raises(FileExistsError, match="another run is making"), alone(out):
+            pass
+        with monkeypatch.context() as ranks:
+            ranks.setenv("RANK", "1")  # another process of the same run
+            with alone(out):
+                pass
+    assert names(tmp_path) == []
+    with alone(out):  # as before
+        pass
+
+
+def test_a_killed_run_locks_nothing(tmp_path):
+    code = f"import os; from resu.integrations.folders import alone\nwith alone({str(tmp_path / 'out')!r}): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert names(tmp_path) == [".out.lock"]
+    with alone(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_writers_with_work_beside_the_result_wait_for_nobody(tmp_path):
+    save_file({"fc.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    with alone(tmp_path / "out"), pytest.raises(FileExistsError, match="another run is making"):
+        prune_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", 0.5)
+    prune_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", 0.5)
+    assert names(tmp_path)[0] == "model.safetensors"
+
+
 @pytest.mark.parametrize("file", ["adapter.json", "adapter_config.json", "other.json"])
 def test_an_adapter_stays_with_its_model_and_another_folder_of_that_name_comes_along(tmp_path, file):
     (tmp_path / "source" / "adapter").mkdir(parents=True)
@@ -106,3 +142,5 @@ def test_input_what_is_read_is_never_replaced(tmp_path):
     with pytest.raises(ValueError, match="is read and would be replaced"):
         check_apart(tmp_path / "link", tmp_path / "other", None, tmp_path / "up" / "text.txt")
     check_apart(tmp_path / "up" / "out", source, tmp_path / "up" / "text.txt", None)
+    with pytest.raises(ValueError, match=r"is read, and .* lies in it"):  # the dense model of a reconstruction
+        check_apart(source / "out", tmp_path / "pruned", source)

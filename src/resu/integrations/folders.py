@@ -6,16 +6,24 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from resu.core.io import naming
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = [
     "ADAPTER",
     "REPORTS",
     "RESULT_FILES",
     "WEIGHT_ENDINGS",
+    "alone",
     "check_apart",
     "check_free",
     "copy_companions",
@@ -115,6 +123,48 @@ def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> None
         )
 
 
+@contextmanager
+def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """No other run of this machine makes the same folder meanwhile: two would mix what they leave until the end.
+
+    A hidden file beside the folder is locked, which the system undoes should the process die. Of several processes of
+    one run (``torchrun``) the first one does it. Where there are no such locks this does nothing.
+
+    Raises:
+        FileExistsError: If another run is making it.
+    """
+    target = Path(os.path.realpath(path))
+    lock = target.with_name(f".{target.name}.lock")
+    if fcntl is None or os.environ.get("RANK", "0") != "0" or not os.access(target.parent, os.W_OK):
+        yield
+        return
+    held = _locked(lock)
+    if held is None:
+        raise FileExistsError(f"another run is making {target}; wait for it, or name another place")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(held)
+
+
+def _locked(lock: Path) -> int | None:
+    """A file that this process alone has locked; None where another one has."""
+    while True:
+        opened = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(opened)
+            return None
+        except OSError:  # a file system without locks
+            return opened
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock), os.fstat(opened)):
+                return opened
+        os.close(opened)  # the run before has just removed it
+
+
 def check_apart(
     out: str | os.PathLike[str], source: str | os.PathLike[str], *others: str | os.PathLike[str] | None
 ) -> None:
@@ -123,10 +173,11 @@ def check_apart(
     Args:
         out: What will be written.
         source: The model that is read; a result inside a source folder is refused too.
-        others: Other files that are read (masks, texts); None is skipped.
+        others: Other files and folders that are read (masks, texts, the dense model); None is skipped.
 
     Raises:
-        ValueError: If ``out`` is the source or inside it, or is or holds something that is read.
+        ValueError: If ``out`` is the source or inside it or another folder that is read, or is or holds something that
+            is read.
 
     Example:
         >>> check_apart("model/pruned", "elsewhere/model")
@@ -142,6 +193,8 @@ def check_apart(
         place = None if other is None else Path(os.path.realpath(other))
         if place is not None and target in (place, *place.parents):
             raise ValueError(f"{other} is read and would be replaced by {out}; name another place to write to")
+        if place is not None and place.is_dir() and place in target.parents:
+            raise ValueError(f"{other} is read, and {out} lies in it; name another place to write to")
 
 
 def _flush(folder: Path) -> None:

@@ -17,7 +17,7 @@ from resu.core.mask import SparseMask
 from resu.core.mask_files import read_masks
 from resu.core.shards import INDEX, Shards
 from resu.formats.bitmask import bitmask_prefixes
-from resu.integrations.folders import check_apart, check_free, copy_companions, new_folder
+from resu.integrations.folders import alone, check_apart, check_free, copy_companions, new_folder
 from resu.integrations.hf import load_tokenizer, seal_folder
 from resu.integrations.hf_empty import empty_model
 from resu.integrations.hf_prune import model_batches
@@ -102,49 +102,51 @@ def reconstruct_directory(
     layers, held = masked_layers(model, given)
     tokenizer = load_tokenizer(pruned) or load_tokenizer(dense)
     batches = model_batches(model, tokenizer, calibration, samples, length, settings.seed, most=batch_size)
-    notes = target.with_name(f".{target.name}.reconstructing")
-    if notes.exists() and not resume:
-        if not overwrite:
-            raise FileExistsError(
-                f"an interrupted run is in {notes}; pass resume=True to continue it, or overwrite=True to begin again"
-            )
-        shutil.rmtree(notes)
-    begun = not notes.exists()
-    notes.mkdir(exist_ok=True)
-    try:
-        own = reader(model, pruned)
-        names = {tie: layer.name for layer in layers.values() for tie in (layer.name, *layer.ties)}
-        run: Run | None = None
+    with alone(target):
+        notes = target.with_name(f".{target.name}.reconstructing")
+        if notes.exists() and not resume:
+            if not overwrite:
+                raise FileExistsError(
+                    f"an interrupted run is in {notes}; pass resume=True to continue it, or overwrite=True to begin "
+                    "again"
+                )
+            shutil.rmtree(notes)
+        begun = not notes.exists()
+        notes.mkdir(exist_ok=True)
+        try:
+            own = reader(model, pruned)
+            names = {tie: layer.name for layer in layers.values() for tie in (layer.name, *layer.ties)}
+            run: Run | None = None
 
-        def latest(name: str) -> Tensor | None:
-            done = None if run is None or run.folder is None else run.folder.weight(names.get(name, name))
-            return own(name) if done is None else done
+            def latest(name: str) -> Tensor | None:
+                done = None if run is None or run.folder is None else run.folder.weight(names.get(name, name))
+                return own(name) if done is None else done
 
-        items = outer_items(model)
-        lent = Lending(model, items, reader(model, dense, layers)), Lending(model, items, latest)
-        run = Run(layers, held, settings, *lent, progress)
-        globs = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
-        store = Spill(notes, least=_LARGE // len(batches))
-        walk = Walk(model, layers, batches, blocks=globs, device=device, store=store)
-        identity = {"blocks": globs, "pruned": _files(shards), "dense": _files(teacher)}
-        result = run_reconstruction(run, walk, notes, identity, streamed=True)
-        stored = stored_names(model, shards.entries)
-        report = _report(pruned, {stored[name]: mask for name, mask in given.items()}, result.report)
-        with new_folder(target, overwrite=overwrite) as temporary:
-            _write(shards, run, stored, temporary)
-            report["warnings"] += [
-                f"{file} was not copied: it holds unrepaired weights" for file in copy_companions(pruned, temporary)
-            ]
-            if settings.train != "theta":
-                shutil.copyfile(masks if masks is not None else pruned / _MASKS, temporary / _MASKS)
-            text = json.dumps(report, indent=2, ensure_ascii=False)
-            (temporary / _REPORT).write_text(text + "\n", encoding="utf-8")
-    except ValueError:
-        if begun:  # the source or the settings are to blame: there is nothing to continue
-            shutil.rmtree(notes, ignore_errors=True)
-        raise
-    shutil.rmtree(notes, ignore_errors=True)
-    return report
+            items = outer_items(model)
+            lent = Lending(model, items, reader(model, dense, layers)), Lending(model, items, latest)
+            run = Run(layers, held, settings, *lent, progress)
+            globs = blocks if blocks is None or isinstance(blocks, str) else list(blocks)
+            store = Spill(notes, least=_LARGE // len(batches))
+            walk = Walk(model, layers, batches, blocks=globs, device=device, store=store)
+            identity = {"blocks": globs, "pruned": _files(shards), "dense": _files(teacher)}
+            result = run_reconstruction(run, walk, notes, identity, streamed=True)
+            stored = stored_names(model, shards.entries)
+            report = _report(pruned, {stored[name]: mask for name, mask in given.items()}, result.report)
+            with new_folder(target, overwrite=overwrite) as temporary:
+                _write(shards, run, stored, temporary)
+                report["warnings"] += [
+                    f"{file} was not copied: it holds unrepaired weights" for file in copy_companions(pruned, temporary)
+                ]
+                if settings.train != "theta":
+                    shutil.copyfile(masks if masks is not None else pruned / _MASKS, temporary / _MASKS)
+                text = json.dumps(report, indent=2, ensure_ascii=False)
+                (temporary / _REPORT).write_text(text + "\n", encoding="utf-8")
+        except ValueError:
+            if begun:  # the source or the settings are to blame: there is nothing to continue
+                shutil.rmtree(notes, ignore_errors=True)
+            raise
+        shutil.rmtree(notes, ignore_errors=True)
+        return report
 
 
 def _masks(file: Path, model: Any, shards: Shards) -> dict[str, SparseMask]:

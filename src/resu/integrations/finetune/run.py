@@ -29,7 +29,7 @@ from resu.integrations.finetune.save import ADAPTER, LOG, save_adapter, save_run
 from resu.integrations.finetune.sharding import Sharding, shard
 from resu.integrations.finetune.trainer import FinetuneTrainer, make_arguments, make_trainer
 from resu.integrations.finetune.work import Work
-from resu.integrations.folders import check_apart, check_free
+from resu.integrations.folders import alone, check_apart, check_free
 from resu.integrations.hf import check_directory, quiet
 
 __all__ = ["Interrupted", "finetune"]
@@ -79,8 +79,8 @@ def finetune(
     mask = None if config.mask in (None, "zeros") else config.mask
     check_apart(out, config.source, config.data, config.validation, mask)
     check_free(out, overwrite=overwrite)
-    work = Work(out, config, resume=resume, overwrite=overwrite)
-    with quiet(), own_sharding():
+    with alone(out), quiet(), own_sharding():
+        work = Work(out, config, resume=resume, overwrite=overwrite)
         job = _Job.read(config, work, progress)
         try:
             report = job.train()
