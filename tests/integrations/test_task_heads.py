@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from resu.core.mask_files import read_masks
 from resu.formats.validate import validate
+from resu.integrations.convert import convert
 from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.run import finetune
 from resu.integrations.hf_prune import prune_directory
@@ -136,3 +138,19 @@ def test_a_head_alone_is_for_masked_training(place: Path, tmp_path: Path) -> Non
 def test_a_classifier_is_not_taken_for_a_language_model(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="BertForSequenceClassification, and the text has no labels"):
         tuned(place, tmp_path / "out", "masked", task="auto")
+
+
+@pytest.mark.parametrize("layout", ["bitmask", "pack-quantized"])
+def test_a_layout_of_our_own_is_refused_with_the_way_back(place: Path, tmp_path: Path, layout: str) -> None:
+    source = tmp_path / layout
+    if layout == "bitmask":
+        prune_directory(place / "model", source, 0.5, layout="bitmask")
+    else:
+        write_pack_quantized(place / "model", source)
+    advice = f"resu export {source} --to dense --out DIR"
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        tuned(place, tmp_path / "out", "masked", source=source)
+    with pytest.raises(ValueError, match=r"resu export .*--to dense"):
+        prune_directory(source, tmp_path / "out", 0.75)
+    convert(source, tmp_path / "back", "dense")
+    assert prune_directory(tmp_path / "back", tmp_path / "out", 0.75)["actual"] == 0.75

@@ -23,7 +23,7 @@ from resu.formats.stored import read_config
 from resu.integrations.carried import brought_masks
 from resu.integrations.checkpoint_results import finish
 from resu.integrations.checkpoint_state import Work, settings_of
-from resu.integrations.folders import check_free, put_in_place
+from resu.integrations.folders import alone, check_free, put_in_place
 from resu.pruning.allocation import Allocation
 from resu.pruning.cuts import Reading, spread
 from resu.pruning.mask_plan import MaskPlan, plan_masks
@@ -121,7 +121,7 @@ def prune_checkpoint(
         "seed": seed,
     }
     settings = settings_of(shards, options, layout)
-    with joined() as ranks:
+    with alone(target), joined() as ranks:
         work = Work(target.with_name(f".{target.name}.pruning"), ranks)
         found = work.state(settings, resume=resume, overwrite=overwrite)
         if found is None and resume and (report := _finished(target, settings)) is not None:
@@ -167,7 +167,7 @@ def _check_places(shards: Shards, source: Path, target: Path) -> None:
     if packed := bitmask_prefixes(dict.fromkeys(shards.names)):
         raise ValueError(
             f"{source} holds weights in a bitmask layout ({packed[0]}weight), so it is pruned already; make it dense "
-            "first"
+            f"first: resu export {source} --to dense --out DIR"
         )
 
 

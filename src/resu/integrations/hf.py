@@ -22,6 +22,8 @@ from resu.core.mask import SparseMask
 from resu.core.mask_files import write_masks, write_safetensors
 from resu.core.shards import INDEX, Shards
 from resu.formats.compressed import write_compressed
+from resu.formats.compressed_config import LAYOUTS as SPARSE_LAYOUTS
+from resu.formats.pack_quantized import FORMAT
 from resu.formats.shards import write_shard
 from resu.integrations.carried import KEPT, carried_masks, sparser_before
 from resu.integrations.folders import copy_companions, new_folder
@@ -56,9 +58,21 @@ def check_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FileFormatError(f"{file} holds a {type(config).__name__}, not an object")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
-        raise ValueError(f"{folder} is quantized ({method}); prune the model it was made from")
+        _refuse_stored_otherwise(config["quantization_config"], folder)
     return config
+
+
+def _refuse_stored_otherwise(stated: Mapping[str, Any], folder: Path) -> None:
+    packed = (
+        stated.get("format") == FORMAT or str((stated.get("sparsity_config") or {}).get("format")) in SPARSE_LAYOUTS
+    )
+    if stated.get("quant_method") == "compressed-tensors" and packed:  # what resu itself writes
+        raise ValueError(
+            f"the weights of {folder} are not stored densely; make it dense first: resu export {folder} --to dense "
+            "--out DIR"
+        )
+    method = stated.get("quant_method", "an unknown method")
+    raise ValueError(f"{folder} is quantized ({method}); take the model it was made from")
 
 
 @contextmanager

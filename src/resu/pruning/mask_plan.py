@@ -142,7 +142,10 @@ def _chosen(
     reasons = {name: f"dtype {str(weights.dtype(name)).removeprefix('torch.')}" for name in odd}
     left = [name for name in names if name not in reasons]
     if not left:
-        raise ValueError(f"none of the {len(names)} weights is floating with 16 bits or more; dequantize them first")
+        raise ValueError(
+            f"none of the {len(names)} weights is floating with 16 bits or more; dequantize "
+            "them first (resu export --to dense does that of pack-quantized)"
+        )
     return left, skipped | reasons
 
 
