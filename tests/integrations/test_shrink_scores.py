@@ -66,8 +66,9 @@ def test_each_weight_of_a_block_belongs_to_one_unit():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_activation_is_the_mean_square_of_what_a_unit_adds(kind):
-    model = make(kind)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+def test_activation_is_the_mean_square_of_what_a_unit_adds(kind, dtype, error):
+    model = make(kind).to(dtype)
     data = batches(model)
     scores = score_units(model, "activation", Calibration(data))
     inputs, site_list = {}, sites_of(model)
@@ -88,7 +89,7 @@ def test_activation_is_the_mean_square_of_what_a_unit_adds(kind):
         values = torch.cat(inputs[site.name])[real]
         for unit in range(0, site.count, 7):
             added = values[:, list(columns[unit])].double() @ weight[:, list(columns[unit])].double().T
-            assert scores[site.name][unit] == pytest.approx(float(added.square().sum(1).mean()), rel=1e-4)
+            assert scores[site.name][unit] == pytest.approx(float(added.square().sum(1).mean()), rel=error)
 
 
 def gates_of(model):

@@ -33,10 +33,11 @@ def last_hidden(model, batches):
 
 
 @pytest.mark.parametrize("centred", [True, False])
-def test_a_fit_is_ridge_around_the_weights_that_are_there(centred):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fit_is_ridge_around_the_weights_that_are_there(centred, dtype):
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(50, 6, generator=generator) + 1
-    t = torch.randn(50, 3, generator=generator) - 2
+    a = torch.randn(50, 6, generator=generator).to(dtype) + 1
+    t = torch.randn(50, 3, generator=generator).to(dtype) - 2
     weight = torch.randn(3, 6, generator=generator).double()
     sums = Sums()
     sums.add(a[:20], t[:20])
@@ -51,9 +52,12 @@ def test_a_fit_is_ridge_around_the_weights_that_are_there(centred):
     pull = (0.3 * x.square().mean(0).mean() * len(x)).sqrt()
     eye = torch.eye(6, dtype=torch.float64)
     best = torch.linalg.lstsq(torch.cat([x, pull * eye]), torch.cat([y, pull * weight.T])).solution.T
-    # Products of a batch are summed in float32.
-    torch.testing.assert_close(fitted, best, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(bias, shift[1] - best @ shift[0], rtol=1e-4, atol=1e-5)
+    # Products of a batch are summed in the inputs' dtype.
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(fitted, best, **close)
+    torch.testing.assert_close(bias, shift[1] - best @ shift[0], **close)
+    many = list(both.fits(weight, (0.1, 0.3), centred))
+    assert all(torch.equal(x, y) for x, y in zip(many[1], (fitted, bias), strict=True))
     direct = (t.double() - a.double() @ fitted.T - bias).square().sum(1).mean()
     assert both.error(fitted, bias) == pytest.approx(float(direct), rel=1e-5)
 

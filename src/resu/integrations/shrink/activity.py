@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from resu.integrations.shrink.families import Site, blocks_of
 from resu.integrations.shrink.weights import weight_of
+from resu.pruning.importance.base import wide
 from resu.pruning.statistics import eager, undisturbed
 
 __all__ = ["block_influences", "output_energies", "run_batches"]
@@ -67,7 +68,7 @@ class _Moments:
     def hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             # float32 holds the products of one batch; sums over batches need more.
-            parts = inputs[0].detach()[self._real].float().view(-1, site.count, site.columns.size)
+            parts = wide(inputs[0].detach()[self._real]).view(-1, site.count, site.columns.size)
             self.sums[site.name] = self.sums[site.name].to(parts.device) + torch.einsum("nus,nut->ust", parts, parts)
 
         return add

@@ -13,6 +13,7 @@ from resu.integrations.shrink.activity import run_batches
 from resu.integrations.shrink.families import sites_of
 from resu.integrations.shrink.ridge import Sums
 from resu.integrations.shrink.weights import weight_of
+from resu.pruning.importance.base import wide
 
 __all__ = ["Fitted", "fitted_weights", "put_weights"]
 
@@ -93,8 +94,7 @@ class _Watched:
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             real = self._real.to(output.device)
             values = inputs[0].detach()[real].index_select(-1, stay.to(output.device))
-            wide = torch.promote_types(values.dtype, torch.float32)
-            self.sums[name].add(values.to(wide), output.detach()[real].to(wide))
+            self.sums[name].add(wide(values), wide(output.detach()[real]))
 
         return add
 

@@ -42,10 +42,11 @@ class Sums:
     def add(self, a: Tensor, t: Tensor) -> None:
         """Add tokens: inputs ``[tokens, in]`` and targets ``[tokens, out]``, float32 or float64."""
         # float32 holds the products of one batch; sums over batches need more.
-        self.tokens += len(a)
+        aa, ta = a.T @ a, t.T @ a
+        self.aa, self.ta = (self.aa.add_(aa), self.ta.add_(ta)) if self.tokens else (aa.double(), ta.double())
         self.a, self.t = self.a + a.sum(0, dtype=torch.float64), self.t + t.sum(0, dtype=torch.float64)
-        self.aa, self.ta = self.aa + (a.T @ a).double(), self.ta + (t.T @ a).double()
         self.tt += float(t.double().square().sum())
+        self.tokens += len(a)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(

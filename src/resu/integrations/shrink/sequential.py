@@ -17,6 +17,7 @@ from resu.integrations.shrink.refit import Fitted
 from resu.integrations.shrink.removal import handing_on
 from resu.integrations.shrink.ridge import Sums
 from resu.integrations.shrink.weights import weight_of
+from resu.pruning.importance.base import wide
 from resu.pruning.layerwise import Activations, Walk
 
 __all__ = ["check_batches", "sequential_weights"]
@@ -56,8 +57,8 @@ def sequential_weights(
     The smaller model is this one with layers that read only the units that stay, so that there is no second one. All
     batches run through both models block by block, about four times through each block. Held meanwhile, in main memory,
     are both streams: of each ``tokens · hidden`` numbers of the model's dtype, padding included, and twice that where a
-    block hands them on; beside them masks and positions, as a block is given them; and of one layer about four times
-    ``in · (in + out)`` float64 numbers.
+    block hands them on; beside them masks and positions, as a block is given them; of one layer about five times
+    ``in · (in + out)`` float64 numbers; and what was fitted, in the model's dtype.
 
     Args:
         model: Before the removal; it stays as it is.
@@ -212,9 +213,6 @@ def _seen(base: nn.Module, site: Site, run: Callable[[], Any]) -> tuple[dict[str
     Behind the heads a block has most of its work still before it, so it ends there, and gives None.
     """
     found: dict[str, Tensor] = {}
-
-    def wide(x: Tensor) -> Tensor:
-        return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def stream(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found["stream"] = wide(args[0] if args else kwargs["hidden_states"])
