@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from resu.pruning.structured import StructuredPruner, find_structure
 from resu.pruning.structured.effect import without_effect
-from resu.pruning.structured.verify import compare
+from resu.pruning.structured.verify import compare, random_like
 
 
 class Attention(nn.Module):
@@ -136,3 +136,38 @@ def test_scripts_are_refused():
     scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
     with pytest.raises(TypeError, match="then script it"):
         StructuredPruner(0.5, torch.zeros(1, 4)).prune(scripted)
+
+
+class Masked(Attention):
+    def forward(self, x, mask):
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = q @ k.transpose(2, 3) / 2 + (1 - mask)[:, None, None] * -1e9
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_mask_of_zeros_and_ones_hides_no_queries_and_keys():
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[1.0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    for given in (mask, mask[:1].expand(2, 5)):  # the latter could be any number
+        assert StructuredPruner(0.5, (x, given)).prune(Masked()).units == {"q": (4, 2)}
+
+
+@pytest.mark.parametrize("read", [torch.log, torch.sqrt, lambda x: x / (x >= 0).all()])
+def test_inputs_that_are_not_negative_are_drawn_so(read):
+    class Reads(Ends):
+        def forward(self, x):
+            return super().forward(read(x))
+
+    assert StructuredPruner(0.5, torch.rand(3, 4) + 0.1).prune(Reads()).units == {"a": (8, 4)}
+
+
+def test_what_random_inputs_are_like():
+    generator = torch.Generator().manual_seed(0)
+    mask, added = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.0, -float("inf")])
+    assert torch.equal(random_like(mask, generator), mask.double())
+    assert torch.equal(random_like(added, generator), added.double())
+    pixels = random_like(torch.tensor([[0.2, 0.5], [0.3, 0.9]]).repeat(50, 50), generator)
+    assert 0.2 <= float(pixels.min()) < 0.25 < 0.85 < float(pixels.max()) <= 0.9
+    for any_ in (torch.zeros(9), torch.ones(9), torch.tensor([-1.0, 2, 3])):
+        assert float(random_like(any_.repeat(99), generator).std()) > 0.8
+    assert random_like(torch.zeros(0), generator).dtype is torch.float64
+    assert random_like(torch.zeros(3, dtype=torch.complex64), generator).dtype is torch.complex128

@@ -35,14 +35,14 @@ def without_effect(model: nn.Module, groups: Mapping[str, Group], inputs: Any, *
     Args:
         model: Not changed.
         groups: By name, found in the model.
-        inputs: Example inputs, drawn anew.
+        inputs: Example inputs, taken as they are and drawn anew.
         seed: Of inputs and noise.
     """
     generator = torch.Generator().manual_seed(seed)
     suspects: Suspects = {name: [*group.places] for name, group in groups.items()}
     with seeded(seed):
-        for share in _DRAWS:
-            whole, drawn = double_copy(model), random_like(inputs, generator)
+        for index, share in enumerate(_DRAWS):  # as given first: drawn anew, a mask may hide what it is put on
+            whole, drawn = double_copy(model), random_like(inputs, generator if index % 2 else None)
             add_noise(whole, generator, share)
             suspects = _without_gradient(whole, groups, suspects, drawn, generator)
             if not suspects:

@@ -130,17 +130,24 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def random_like(inputs: Any, generator: torch.Generator | None) -> Any:
-    """Inputs in float64 (complex128): numbers drawn anew (as given where ``generator`` is None), all else as given."""
+    """Inputs in float64 (complex128): numbers drawn anew (as given where ``generator`` is None), all else as given.
+
+    Where none is negative they are drawn from their own range: a model may take logarithms. Masks stay as given: zeros
+    and ones, or what holds infinities.
+    """
 
     def drawn(_: object, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             return leaf
         wide = _widened(leaf.detach())
-        return (
-            wide
-            if generator is None
-            else torch.randn(wide.shape, dtype=wide.dtype, generator=generator).to(leaf.device)
-        )
+        if generator is None or not bool(torch.isfinite(wide).all()):
+            return wide
+        if wide.is_complex() or not wide.numel() or float(wide.min()) < 0 or bool((wide == wide.reshape(-1)[0]).all()):
+            return torch.randn(wide.shape, dtype=wide.dtype, generator=generator).to(wide.device)
+        if bool(((wide == 0) | (wide == 1)).all()):
+            return wide
+        low, high = wide.min(), wide.max()
+        return low + (high - low) * torch.rand(wide.shape, dtype=wide.dtype, generator=generator).to(wide.device)
 
     return map_leaves(drawn, inputs)
 
