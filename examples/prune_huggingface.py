@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from resu.experiments.stories import main as make_small_model
-from resu.integrations.hf import load_model, save_pruned
+from resu.integrations.hf import load_model
 from resu.integrations.hf_evaluate import perplexity
+from resu.integrations.hf_save import save_pruned
 from resu.integrations.hf_text import calibration_batches
 from resu.pruning.one_shot import prune_model
 

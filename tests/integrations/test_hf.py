@@ -15,7 +15,8 @@ import transformers
 from resu.core.io import FileFormatError
 from resu.core.mask_files import read_masks
 from resu.formats.validate import validate
-from resu.integrations.hf import load_model, load_tokenizer, save_pruned
+from resu.integrations.hf import load_model, load_tokenizer
+from resu.integrations.hf_save import save_pruned
 from resu.pruning.mask_ops import load_mask
 from resu.pruning.one_shot import prune_model
 

@@ -13,8 +13,9 @@ import transformers
 from resu.core.pattern import NM
 from resu.core.shards import Shards
 from resu.formats.validate import validate
-from resu.integrations.hf import load_model, save_pruned
+from resu.integrations.hf import load_model
 from resu.integrations.hf_prune import causal_loss, prune_directory, settle_sparsity
+from resu.integrations.hf_save import save_pruned
 
 
 @pytest.mark.parametrize(

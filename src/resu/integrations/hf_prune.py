@@ -18,8 +18,9 @@ from resu.core.shards import Shards
 from resu.integrations.carried import brought_masks
 from resu.integrations.checkpoint import prune_checkpoint
 from resu.integrations.folders import check_apart, check_free
-from resu.integrations.hf import LAYOUTS, load_model, save_pruned
+from resu.integrations.hf import load_model
 from resu.integrations.hf_evaluate import Perplexity, embedding_cosine, perplexity, sentence_embeddings
+from resu.integrations.hf_save import LAYOUTS, save_pruned
 from resu.integrations.hf_text import calibration_batches, default_length, read_texts
 from resu.pruning.allocation import allocations
 from resu.pruning.decisions import Recipe

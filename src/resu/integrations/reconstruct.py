@@ -18,9 +18,10 @@ from resu.core.mask_files import read_masks
 from resu.core.shards import INDEX, Shards
 from resu.formats.bitmask import bitmask_prefixes
 from resu.integrations.folders import alone, check_apart, check_free, copy_companions, new_folder
-from resu.integrations.hf import load_tokenizer, seal_folder
+from resu.integrations.hf import load_tokenizer
 from resu.integrations.hf_empty import empty_model
 from resu.integrations.hf_prune import model_batches
+from resu.integrations.hf_save import seal_folder
 from resu.pruning.layerwise import Walk
 from resu.pruning.lending import Lending
 from resu.pruning.placement import outer_items

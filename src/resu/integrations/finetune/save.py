@@ -15,7 +15,8 @@ from resu.core.shards import Shards
 from resu.integrations.finetune.model import MASK_FILE
 from resu.integrations.finetune.prepared import Masks, Prepared
 from resu.integrations.folders import ADAPTER, copy_companions, new_folder
-from resu.integrations.hf import check_directory, seal_folder, stored_names, write_model
+from resu.integrations.hf import check_directory
+from resu.integrations.hf_save import seal_folder, stored_names, write_model
 
 __all__ = ["ADAPTER", "LOG", "REPORT", "save_run", "write_json"]
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from resu.core.shards import Shards
 from resu.integrations.folders import copy_companions, new_folder
-from resu.integrations.hf import check_directory, not_carried, restore_dtypes, seal_folder, write_model
+from resu.integrations.hf import check_directory
+from resu.integrations.hf_save import not_carried, restore_dtypes, seal_folder, write_model
 from resu.integrations.shrink.config import builds
 from resu.integrations.shrink.families import family_of
 from resu.integrations.shrink.removal import RemovalError
