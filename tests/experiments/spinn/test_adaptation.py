@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,7 +97,26 @@ def test_a_twin_that_was_trained_on_other_rows_keeps_its_scale(data):
     assert torch.allclose(adapted[0], adapted[1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shares", [[1.0], [0.5] * CANDIDATES, torch.ones(CANDIDATES, 1)])
+@pytest.mark.parametrize("used", [0, 1])
+def test_an_output_layer_that_uses_few_units_or_none(data, used):
+    twin, rows = twin_of(data), first_part(data, 5)[0]
+    with torch.no_grad():
+        twin.network[4].weight[0, used:] = 0
+    adapted = adapt(twin, data, rows)
+    assert int((adapted.network[4].weight != 0).sum()) == used
+    assert adapted.network[4].bias.isfinite().all()
+    assert adapted.network[4].bias != twin.network[4].bias
+    assert error_products(twin, data, 5).isfinite().all()
+
+
+def test_adapting_leaves_random_numbers_as_they_were(data):
+    twin, rows = twin_of(data), first_part(data, 5)[0]
+    before = torch.get_rng_state()
+    adapt(twin, data, rows)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.5] * CANDIDATES, torch.ones(CANDIDATES, 1), [float("nan")] * CANDIDATES])
 def test_input_shares_that_are_none_are_refused(data, shares):
     with pytest.raises(ValueError, match="shares must be 7 numbers that sum to 1"):
         adapt(twin_of(data), data, first_part(data, 5)[0], shares)
@@ -136,7 +156,7 @@ def test_shares_are_learned_from_the_known_tools_alone(recording):
         return twin_of(split, steps=5)
 
     shares = learn_shares(recording, make, progress=lambda *what: told.append(what))
-    assert told == [(k, 5, f"without tool {k}") for k in range(5)]
+    assert told == [*((k, 5, f"without tool {k}") for k in range(5)), (5, 5, "shares")]
     for left_out, split in enumerate(made):
         seen = set(recording.group[split.train.numpy()]) | set(recording.group[split.val.numpy()])
         assert seen == {0, 1, 2, 3, 4} - {left_out}  # nor tool 5, which is the test part
@@ -157,6 +177,22 @@ def test_comparison_counts_what_it_says(data):
     assert result.adapted[0] == pytest.approx(float(missed.square().mean().sqrt()))
     full = training_cost(twin.network, 32, 60) + solving_cost(twin.network, 160 + len(rows))
     assert result.cost == adapting_cost(twin, 160, len(rows)) / full
+
+
+def test_retraining_counts_new_rows_as_is_best_for_it(data):
+    twin, (rows, rest) = twin_of(data), first_part(data, 5)
+    anew = retrain(twin, data, rows, RECIPE, 0, 10).predict(data.inputs[rest]) - data.targets[rest]
+    assert compare_adaptation(twin, data, 5, [None], RECIPE).retrained == float(anew.square().mean().sqrt())
+
+
+def test_input_groups_without_a_first_part_or_a_rest_are_refused(recording, data):
+    with pytest.raises(ValueError, match=r"there is no tool 9; there are \[0, 1, 2, 3, 4, 5\]"):
+        first_part(data, 9)
+    alive = np.delete(np.arange(240), np.arange(201, 240))  # of tool 5 one row
+    rows = ("inputs", "targets", "time", "drive", "sequence", "group")
+    short = dataclasses.replace(recording, **{name: getattr(recording, name)[alive] for name in rows}).prepare()
+    with pytest.raises(ValueError, match="tool 5 has 1 rows to learn from and 0 to be judged by"):
+        compare_adaptation(twin_of(short), short, 5, [None], RECIPE)
 
 
 def test_costs_by_hand():

@@ -51,6 +51,8 @@ def test_it_trains_prunes_and_reports(made, tmp_path):
     assert "A quick run" in page
     assert "µm/s per (force × speed, N)" in page
     assert "network.2.weight" in page
+    assert "## A new tool" in page
+    assert "## A new" not in application.page({**report, "new_tools": []})
     (found,) = report["new_tools"]
     assert (found["group"], found["rest"]) == (5, 28)
     assert found["adapted"] != found["before"] != found["retrained"]

@@ -20,6 +20,7 @@ from resu.experiments.spinn.twin import Twin, dense_network
 __all__ = [
     "CANDIDATES",
     "PENALTIES",
+    "RETRAIN_WEIGHT",
     "WEIGHT",
     "Adaptation",
     "adapt",
@@ -33,6 +34,8 @@ __all__ = [
 FRACTION = 0.3
 #: Times that a row of a new tool counts beside one of the tools that are known.
 WEIGHT = 100
+#: The same in retraining: of 1, 3, 10 and 30 the best for it, on the tools and cases outside the test part.
+RETRAIN_WEIGHT = 10
 #: On squared weights, in units of the mean variance of the hidden units that the layer uses: from a layer that follows
 #: the new tool closely to one that hardly does.
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0)
@@ -61,8 +64,17 @@ class Adaptation:
 
 
 def first_part(data: Prepared, group: int, fraction: float = FRACTION) -> tuple[Tensor, Tensor]:
-    """Rows of the first ``fraction`` of a group's time, and the rest."""
-    rows = torch.tensor(data.recording.rows([group]))
+    """Rows of the first ``fraction`` of a group's time, and the rest.
+
+    Of a group with one moment there is no rest.
+
+    Raises:
+        ValueError: If there is no such group.
+    """
+    recording = data.recording
+    rows = torch.tensor(recording.rows([group]))
+    if not len(rows):
+        raise ValueError(f"there is no {recording.group_name} {group}; there are {recording.groups()}")
     time_ = data.time[rows]
     early = time_ <= time_.min() + fraction * (time_.max() - time_.min())
     return rows[early], rows[~early]
@@ -85,7 +97,7 @@ def adapt(twin: Twin, data: Prepared, rows: Tensor, shares: Sequence[float] | Te
         ValueError: If there are more or fewer shares, or they do not sum to 1.
     """
     mixed = torch.full((CANDIDATES,), 1 / CANDIDATES) if shares is None else torch.as_tensor(shares)
-    if mixed.shape != (CANDIDATES,) or abs(float(mixed.sum()) - 1) > 1e-6:
+    if mixed.shape != (CANDIDATES,) or not abs(float(mixed.sum()) - 1) <= 1e-6:  # nor NaN
         raise ValueError(
             f"shares must be {CANDIDATES} numbers that sum to 1 (the layer as it is, then penalties {PENALTIES}), got "
             f"{shares}"
@@ -140,14 +152,14 @@ def learn_shares(
 ) -> Tensor:
     """Shares for :func:`adapt`, from tools whose whole life is known: each in turn is new to a twin without it.
 
-    Groups of the test part are not looked at.
+    No twin is trained on groups of the test part.
 
     Args:
         recording: With the tools that are known in its training and validation parts.
         make: Trains a twin for a split; called once per group.
         groups: Those that are left out in turn; None: all that are known. One without a first part or a rest is
             skipped.
-        progress: ``progress(done, total, what)``.
+        progress: ``progress(done, total, what)``, at the end too.
 
     Returns:
         Float64 ``[CANDIDATES]``.
@@ -165,11 +177,16 @@ def learn_shares(
         data = recording.prepare((left[0], left[1], (group,)))
         if all(len(part) for part in first_part(data, group)):
             found.append(error_products(make(data), data, group))
+    if progress is not None:
+        progress(len(chosen), len(chosen), "shares")
     return mixture(found)
 
 
 def _used(last: nn.Linear) -> Tensor:
-    return (last.weight != 0).any(0)
+    """Units with a weight that is not 0; where pruning left none, the first, whose weights stay 0."""
+    used = (last.weight != 0).any(0)
+    used[0] |= not used.any()
+    return used
 
 
 @torch.no_grad()
@@ -177,7 +194,8 @@ def _head(twin: Twin, data: Prepared) -> tuple[Twin, Prepared]:
     """The output layer on the hidden units that it uses, as a twin of its own, and those units as its inputs."""
     last = output_layer(twin)
     used = _used(last)
-    linear = nn.Linear(int(used.sum()), last.out_features)
+    # Without start values: nobody's random numbers change when a twin is adapted.
+    linear = nn.utils.skip_init(nn.Linear, int(used.sum()), last.out_features)
     linear.weight.copy_(last.weight[:, used])
     linear.bias.copy_(last.bias)
     head = Twin(nn.Sequential(linear), data.targets[data.train], twin.law)
@@ -186,7 +204,7 @@ def _head(twin: Twin, data: Prepared) -> tuple[Twin, Prepared]:
     return head, replace(data, inputs=twin.network[:-1](data.inputs)[:, used])
 
 
-def retrain(twin: Twin, data: Prepared, rows: Tensor, recipe: Recipe, seed: int, weight: int = 1) -> Twin:
+def retrain(twin: Twin, data: Prepared, rows: Tensor, recipe: Recipe, seed: int, weight: int = RETRAIN_WEIGHT) -> Twin:
     """A dense twin trained from nothing on the training part and ``rows``, each of which counts ``weight`` times."""
     torch.manual_seed(seed)
     everything = _with(data, rows, weight)
@@ -219,7 +237,7 @@ def compare_adaptation(
     recipe: Recipe,
     *,
     seed: int = 0,
-    weight: int = 1,
+    weight: int = RETRAIN_WEIGHT,
 ) -> Adaptation:
     """Adapt to one group of the test part and retrain for it; both see the first 30 % of its life.
 
@@ -231,8 +249,16 @@ def compare_adaptation(
         recipe: Of retraining.
         seed: Of retraining.
         weight: Times that each row of the new tool counts in retraining.
+
+    Raises:
+        ValueError: If the group has no first part or no rest.
     """
     rows, rest = first_part(data, group)
+    if not len(rows) or not len(rest):
+        raise ValueError(
+            f"{data.recording.group_name} {group} has {len(rows)} rows to learn from and {len(rest)} to be judged by; "
+            "it needs some of both"
+        )
     began = time.process_time()
     adapted = [adapt(twin, data, rows, shares[0])]
     middle = time.process_time()

@@ -30,9 +30,6 @@ LIVES = {
     "milling": (1, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15),
 }
 SEEDS = 3
-#: Times that a row of a new tool counts in retraining: of 1, 3, 10 and 30 the best for retraining itself, on the tools
-#: and cases outside the test part.
-RETRAIN_WEIGHT = 10
 
 
 def _sparse_twin(data: Prepared, recipe: Recipe, seed: int) -> Twin:
@@ -78,7 +75,7 @@ def new_tool_rows(
         twin = _sparse_twin(data, recipe, seed)
         began = time.process_time()
         ways = [mixed, None, best_single(products)]
-        found = compare_adaptation(twin, data, group, ways, recipe, seed=seed, weight=RETRAIN_WEIGHT)
+        found = compare_adaptation(twin, data, group, ways, recipe, seed=seed)
         rows.append(
             NewToolRow(
                 quantity=name,

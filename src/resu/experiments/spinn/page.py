@@ -38,7 +38,7 @@ def page(report: Mapping[str, Any]) -> str:
         "## Pruning, stage by stage\n",
         _stages(report),
         "![What pruning removed](removed.png)\n",
-        _new_tools(report),
+        *([_new_tools(report)] if report["new_tools"] else []),
     ]
     if report["settings"]["quick"]:
         parts.insert(
@@ -91,8 +91,8 @@ def _new_tools(report: Mapping[str, Any]) -> str:
     head = [kind, "rows judged", "before", "adapted", "trained anew", "multiply-adds of adapting"]
     return (
         f"## A new {kind}\n\nThe sparse twin learns from the first 30 % of what it does not know, in its output layer "
-        f"alone, or a dense one is trained again with it. Errors (RMS, {report['unit']}) are those on the rest; "
-        f"multiply-adds are a share of training's.\n\n{_table(head, rows)}"
+        "alone, or a dense one is trained again with it (these rows count ten times). Errors (RMS, "
+        f"{report['unit']}) are those on the rest; multiply-adds are a share of training's.\n\n{_table(head, rows)}"
     )
 
 
