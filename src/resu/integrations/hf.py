@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from resu.formats.compressed_config import LAYOUTS as SPARSE_LAYOUTS
 from resu.formats.pack_quantized import FORMAT
 
 __all__ = [
-    *("check_directory", "has_tokenizer", "load_model", "load_tokenizer", "model_class", "quiet", "widest_dtype"),
+    *("check_directory", "has_tokenizer", "load_model", "load_tokenizer", "model_class", "quiet", "read_model"),
+    *("refuse_random", "widest_dtype"),
 ]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -122,6 +123,49 @@ def widest_dtype(shards: Shards) -> torch.dtype:
     return torch.float64 if torch.float64 in floats else torch.float32
 
 
+def read_model(
+    kind: Any, folder: Path, dtype: torch.dtype | None = None, **options: Any
+) -> tuple[Any, set[str], dict[str, str]]:
+    """A model with the weights of a directory, and which of its own it lacks: those are random.
+
+    Args:
+        kind: The class whose ``from_pretrained`` loads it (:func:`model_class`).
+        folder: Holds ``config.json`` and safetensors.
+        dtype: Of the weights; None: as they are stored (the widest, where a checkpoint mixes several).
+        options: More for ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode; names that are missing; ``{name: in words}`` of those in another shape.
+    """
+    stored = widest_dtype(Shards.open(folder))
+    with quiet():
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=stored if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # whoever asks says which may be so
+            output_loading_info=True,
+            **options,
+        )
+    other = {key: f"{key} ({tuple(there)}, needed {tuple(here)})" for key, there, here in info["mismatched_keys"]}
+    return model.eval(), set(info["missing_keys"]), other
+
+
+def refuse_random(model: Any, folder: Path, lost: Collection[str], check: str = "config.json") -> None:
+    """Refuse a model some of whose weights would be random.
+
+    Raises:
+        FileFormatError: If any is lost.
+    """
+    if lost:
+        raise FileFormatError(
+            f"{folder} lacks weights of {type(model).__name__}, or has them in another shape: "
+            f"{', '.join([*lost][:5])}; they would be random. Check {check}"
+        )
+
+
 def load_model(
     directory: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
@@ -146,30 +190,9 @@ def load_model(
         ValueError: If the weights are pickles or quantized, or the architecture is not known.
     """
     folder = Path(directory)
-    config = check_directory(folder)
-    shards = Shards.open(folder)
-    wanted = dtype if dtype is not None else widest_dtype(shards)
-    with quiet():
-        # Weights of another shape are reported in `info`, and refused below with their names.
-        model, info = model_class(config, folder).from_pretrained(
-            folder,
-            dtype=wanted,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    missing = sorted(info["missing_keys"])
-    other = sorted(f"{key} ({tuple(there)}, needed {tuple(here)})" for key, there, here in info["mismatched_keys"])
-    if missing or other:
-        raise FileFormatError(
-            f"{folder} lacks weights of {type(model).__name__}, or has them in another shape: "
-            f"{', '.join((other + missing)[:5])}; they would be random. Check config.json"
-        )
-    model.eval()
-    if device is not None:
-        model.to(device)
-    return model, load_tokenizer(folder)
+    model, missing, other = read_model(model_class(check_directory(folder), folder), folder, dtype)
+    refuse_random(model, folder, [*sorted(other.values()), *sorted(missing)])
+    return model if device is None else model.to(device), load_tokenizer(folder)
 
 
 def has_tokenizer(folder: Path) -> bool:

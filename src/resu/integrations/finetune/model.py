@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resu.core.io import FileFormatError
-from resu.core.shards import Shards
-from resu.integrations.hf import check_directory, load_tokenizer, quiet, widest_dtype
+from resu.integrations.hf import check_directory, load_tokenizer, read_model, refuse_random
 from resu.integrations.hf_text import default_length
 from resu.integrations.shrink.loading import loadable_class
 
@@ -92,7 +90,6 @@ def load_for_task(
     import transformers
 
     check_directory(directory)
-    stored = widest_dtype(Shards.open(directory))
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise FileNotFoundError(f"{directory} has no tokenizer, so no text can be read; copy its files there")
@@ -100,34 +97,22 @@ def load_for_task(
     if task == "classification":
         options = {"num_labels": len(names), "id2label": dict(enumerate(names))}
         options["label2id"] = {name: i for i, name in enumerate(names)}
-    with quiet(), torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model, info = loadable_class(getattr(transformers, _CLASSES[task]), directory).from_pretrained(
-                directory,
-                dtype=stored if dtype is None else dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **options,
-            )
+            kind = loadable_class(getattr(transformers, _CLASSES[task]), directory)
+            model, missing, other = read_model(kind, directory, dtype, **options)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error) and "trust_remote_code" not in str(error):
                 raise
             raise ValueError(f"{directory} is of an architecture that has no head for {task}") from None
-    new = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    new = sorted({*missing, *other})
     may_be_new = set(head_names(model)) if task != "causal-lm" else set()
     lost = [name for name in new if name not in may_be_new and ".pooler." not in f".{name}"]
-    if lost:
-        raise FileFormatError(
-            f"{directory} lacks weights of {type(model).__name__}, or has them in another shape: "
-            f"{', '.join(lost[:5])}; they would be random. Check config.json"
-        )
+    refuse_random(model, directory, [other.get(name, name) for name in lost])
     _settle_padding(model, tokenizer, task)
     parameters = {name for name, _ in model.named_parameters()}
-    return LoadedModel(model.eval(), tokenizer, tuple(name for name in new if name in parameters))
+    return LoadedModel(model, tokenizer, tuple(name for name in new if name in parameters))
 
 
 def _settle_padding(model: Any, tokenizer: Any, task: str) -> None:

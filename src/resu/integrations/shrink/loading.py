@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from resu.core.io import FileFormatError
-from resu.core.shards import Shards
-from resu.integrations.hf import check_directory, model_class, quiet, widest_dtype
+from resu.integrations.hf import check_directory, model_class, read_model, refuse_random
 from resu.integrations.shrink.sizes import KEY, shrunk_class
 
 __all__ = ["load_shrunk_transformer", "loadable_class"]
@@ -54,20 +52,8 @@ def load_shrunk_transformer(
     """
     folder = Path(directory)
     config = check_directory(folder)
-    stored = widest_dtype(Shards.open(folder))
-    found = loadable_class(model_class(config, folder) if kind is None else kind, folder, config)
-    with quiet():
-        model, info = found.from_pretrained(
-            folder,
-            dtype=stored if dtype is None else dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are named below
-            output_loading_info=True,
-            **options,
-        )
-    other = sorted(f"{key} ({tuple(there)}, needed {tuple(here)})" for key, there, here in info["mismatched_keys"])
-    missing = set(info["missing_keys"])
+    found = model_class(config, folder) if kind is None else loadable_class(kind, folder, config)
+    model, missing, other = read_model(found, folder, dtype, **options)
     if kind is not None:  # which may have a head of its own, and a pooler that masked language models lack
         body = {id(parameter) for parameter in model.base_model.parameters()}
         missing &= {
@@ -75,13 +61,7 @@ def load_shrunk_transformer(
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if id(parameter) in body and ".pooler." not in f".{name}"
         }
-    lost = other + sorted(missing)
-    if lost:
-        raise FileFormatError(
-            f"{folder} lacks weights of {type(model).__name__}, or has them in another shape: {', '.join(lost[:5])}; "
-            f"they would be random. Check config.json and {KEY!r} in it"
-        )
-    model.eval()
+    refuse_random(model, folder, [*sorted(other.values()), *sorted(missing)], f"config.json and {KEY!r} in it")
     return model if device is None else model.to(device)
 
 
