@@ -19,6 +19,7 @@ from resu.formats.shards import write_shard
 from resu.integrations.carried import KEPT, carried_masks, sparser_before
 from resu.integrations.folders import copy_companions, new_folder
 from resu.integrations.hf import has_tokenizer, quiet
+from resu.integrations.hf_names import masks_as_stored
 
 __all__ = ["LAYOUTS", "not_carried", "restore_dtypes", "save_pruned", "seal_folder", "stored_names", "write_model"]
 
@@ -91,6 +92,9 @@ def save_pruned(
             stored.get(name, name): mask if isinstance(mask, SparseMask) else SparseMask(mask)
             for name, mask in result.masks.items()
         }
+        parts = masks_as_stored(model, masks, after)
+        masks = {part: one for name, mask in masks.items() for part, one in parts.get(name, {name: mask}).items()}
+        report["layers"] = [line for row in report["layers"] for line in _rows_of_parts(row, parts.get(row["name"]))]
         kept = {name: mask.n_active for name, mask in masks.items()}
         report["warnings"] += sparser_before(folder, kept)
         prefix = f"{model.base_model_prefix}."
@@ -108,6 +112,15 @@ def save_pruned(
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / "pruning.json").write_text(text + "\n", encoding="utf-8")
     return report
+
+
+def _rows_of_parts(row: dict[str, Any], parts: Mapping[str, SparseMask] | None) -> list[dict[str, Any]]:
+    if parts is None:
+        return [row]
+    return [
+        {**row, "name": name, "shape": list(m.shape), "kept": m.n_active, "numel": m.numel, "sparsity": m.sparsity}
+        for name, m in parts.items()
+    ]
 
 
 def write_model(model: Any, folder: Path, max_shard_size: str) -> None:

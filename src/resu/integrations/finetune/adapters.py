@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from resu.core.globs import listing
 from resu.core.layers import is_conv1d_of_transformers
 from resu.core.mask_files import write_masks, write_safetensors
 from resu.integrations.finetune.config import FinetuneConfig
@@ -21,6 +22,7 @@ from resu.pruning.sparse_lora import (
     merge_loss,
     unload_sparse_lora,
 )
+from resu.pruning.sparse_lora.kinds import kind_of
 
 __all__ = ["prepare_lora", "prepare_sparse_lora"]
 
@@ -69,6 +71,12 @@ def prepare_sparse_lora(loaded: LoadedModel, masks: Masks, config: FinetuneConfi
     Raises:
         ValueError: If a masked weight is of a kind that has no sparse LoRA.
     """
+    cannot = [n for n in masks if kind_of(loaded.model.get_submodule(n.rpartition(".")[0])) is None]
+    if cannot:
+        raise ValueError(
+            f"sparse-lora acts on linear layers and convolutions, not on {listing(cannot, 4)}; name these in exclude "
+            "(their zeros stay), or use masked"
+        )
     settings = SparseLoRAConfig(
         r=config.rank,
         alpha=config.alpha,

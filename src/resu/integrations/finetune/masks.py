@@ -17,6 +17,7 @@ from resu.integrations.finetune.config import FinetuneConfig
 from resu.integrations.finetune.data import Row
 from resu.integrations.finetune.model import MASK_FILE, LoadedModel, head_names
 from resu.integrations.finetune.prepared import densified
+from resu.integrations.hf_names import masks_as_loaded
 from resu.pruning.importance import importances
 from resu.pruning.mask_generator import MaskGenerator
 from resu.pruning.targets import pruning_targets
@@ -164,9 +165,13 @@ def _fitting(loaded: LoadedModel, file: Path) -> dict[str, SparseMask]:
     prefix = f"{loaded.model.base_model_prefix}."
     parameters = dict(loaded.model.named_parameters())
     found: dict[str, SparseMask] = {}
+    apart: dict[str, SparseMask] = {}
     for stored, mask in read_masks(file)[0].items():
         names = [n for n in (stored, prefix + stored, stored.removeprefix(prefix)) if n in parameters]
-        if not names or names[0] in loaded.new:
+        if not names:
+            apart[stored] = mask
+            continue
+        if names[0] in loaded.new:
             continue
         if parameters[names[0]].shape != mask.shape:
             raise ValueError(
@@ -174,7 +179,8 @@ def _fitting(loaded: LoadedModel, file: Path) -> dict[str, SparseMask]:
                 f"{tuple(parameters[names[0]].shape)}; the masks are of another model"
             )
         found[names[0]] = mask
-    return found
+    others = [name for name, p in parameters.items() if name not in found and name not in loaded.new and p.ndim > 1]
+    return found | (masks_as_loaded(loaded.model, apart, others) if apart else {})
 
 
 def _wanted(name: str, config: FinetuneConfig) -> bool:

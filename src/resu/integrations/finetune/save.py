@@ -16,6 +16,7 @@ from resu.integrations.finetune.model import MASK_FILE
 from resu.integrations.finetune.prepared import Masks, Prepared
 from resu.integrations.folders import ADAPTER, copy_companions, new_folder
 from resu.integrations.hf import check_directory
+from resu.integrations.hf_names import masks_as_stored
 from resu.integrations.hf_save import seal_folder, stored_names, write_model
 
 __all__ = ["ADAPTER", "LOG", "REPORT", "save_run", "write_json"]
@@ -86,6 +87,8 @@ def save_run(
         if masks:
             stored = stored_names(model, written)
             named = {stored.get(name, name): mask for name, mask in masks.items()}
+            parts = masks_as_stored(model, named, written)
+            named = {part: one for name, mask in named.items() for part, one in parts.get(name, {name: mask}).items()}
             pruned, numel = sum(m.n_pruned for m in masks.values()), sum(m.numel for m in masks.values())
             write_masks(named, temporary / MASK_FILE, {"sparsity": pruned / numel, "method": report["method"]})
         if log is not None and log.is_file():

@@ -17,6 +17,7 @@ from resu.modules.base import RESUModule
 from resu.modules.convert import convert_to_resu
 from resu.modules.settings import RESUMode
 from resu.pruning.amnesty import Amnesty, AmnestyConfig
+from resu.pruning.sparse_lora.kinds import kind_of
 
 __all__ = ["commit_layer", "prepare_theta"]
 
@@ -34,7 +35,9 @@ def prepare_theta(loaded: LoadedModel, masks: Masks, config: FinetuneConfig) -> 
     try:
         convert_to_resu(model, include=list(masks))
     except ValueError as error:
-        raise ValueError(f"{error}. Of {type(model).__name__}, masked and sparse-lora can train these layers") from None
+        low_rank = all(kind_of(model.get_submodule(name.rpartition(".")[0])) for name in masks)
+        can = "masked and sparse-lora" if low_rank else "masked"
+        raise ValueError(f"{error}. Of {type(model).__name__}, {can} can train these layers") from None
     layers = {name: _layer(model, name) for name in masks}
     for name, layer in layers.items():
         mask = masks[name].to(layer.weight.device)
