@@ -1,5 +1,6 @@
 """Residuals against closed forms in float64, and constants that are found again."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -75,6 +76,27 @@ def test_constants_start_where_least_squares_puts_them(data):
     ends = data.pairs(data.test)
     exact = take_pairs(data, ends, data.targets[ends[:, 0]], data.targets[ends[:, 1]])
     assert law.terms(exact)["Archard's law"].rms < 1e-4 * law.rate + 1e-4
+
+
+def test_input_recordings_that_no_law_fits_are_refused(recording):
+    def law(**changed):
+        return law_for(dataclasses.replace(recording, **changed).prepare())
+
+    with pytest.raises(ValueError, match="which law holds for 'lathe'"):
+        law(name="lathe")
+    with pytest.raises(ValueError, match=r"0 pairs of training rows lie 40 rows apart \(lag\)"):
+        law(lag=40)
+    with pytest.raises(ValueError, match="one drive, load × speed; the recording has 2"):
+        law(drive=np.c_[recording.drive, recording.drive], drives=("one, N", "two, N"))
+
+
+def test_a_series_of_one_row_says_nothing_of_heat(recording):
+    heat = dataclasses.replace(recording, name="thermal", parts=((0, 1), (2,), (3,)))
+    sequence, group = heat.sequence.copy(), heat.group.copy()
+    sequence[-1] = group[-1] = 9
+    short = dataclasses.replace(heat, sequence=sequence, group=group, parts=((0, 1, 9), (2,), (3,)))
+    found, wanted = (law_for(one.prepare()) for one in (short, heat))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
 
 
 def test_derivatives_are_those_of_the_book():

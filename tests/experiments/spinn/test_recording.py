@@ -46,6 +46,36 @@ def test_sequences_must_lie_together():
         per_sequence(np.array([3, 1, 3]), np.zeros(3))
 
 
+def test_what_a_recording_of_ones_own_gets_wrong(recording):
+    def wrong(**changed):
+        return dataclasses.replace(recording, **changed)
+
+    with pytest.raises(ValueError, match=r"targets must have the shape \[240, 1\] .*, got \[240\]"):
+        wrong(targets=recording.targets[:, 0])
+    with pytest.raises(ValueError, match=r"drive must have the shape \[240, 1\] .*, got \[240, 2\]"):
+        wrong(drive=np.c_[recording.drive, recording.drive])
+    with pytest.raises(ValueError, match=r"group must have the shape \[240\]"):
+        wrong(group=recording.group[:-1])
+    time = recording.time.copy()
+    time[45] = time[44]
+    with pytest.raises(ValueError, match="time does not rise from row to row in sequence 1"):
+        wrong(time=time)
+    with pytest.raises(ValueError, match="lie together"):
+        wrong(sequence=recording.sequence % 2)
+
+
+def test_values_that_are_missing_are_refused_where_they_are_learned_from(recording):
+    inputs, targets = recording.inputs.copy(), recording.targets.copy()
+    inputs[[43, 44], 1] = np.nan
+    with pytest.raises(ValueError, match=r"work is nan in row 43 \(tool 1; 2 rows have such values\)"):
+        dataclasses.replace(recording, inputs=inputs).prepare()
+    targets[170] = np.inf
+    with pytest.raises(ValueError, match=r"flank wear is inf in row 170 \(tool 4; 1 rows"):
+        dataclasses.replace(recording, targets=targets).prepare()
+    targets[170], targets[230:] = 1.0, np.nan  # the rest of a new tool's life
+    assert len(dataclasses.replace(recording, targets=targets).prepare().test) == 40
+
+
 def test_a_group_is_in_one_part_only(recording):
     data = recording.prepare()
     parts = [set(recording.group[rows].tolist()) for rows in (data.train, data.val, data.test)]

@@ -36,6 +36,11 @@ def test_the_network_has_the_documented_size():
     assert dense_network(24, 1)[0].bias.abs().max() == 0
 
 
+def test_a_channel_that_does_not_vary_is_refused(data):
+    with pytest.raises(ValueError, match=r"channels \[1\] of the targets are the same in all 9 rows"):
+        Twin(dense_network(4, 2, HIDDEN), torch.stack([torch.arange(9.0), torch.ones(9)], 1))
+
+
 def test_training_learns_wear_and_the_wear_constant(data):
     twin = twin_of(data, steps=300)
     found = twin.predict(data.inputs)

@@ -207,12 +207,26 @@ def law_for(data: Prepared, weight: float | None = None) -> Law:
     Args:
         data: A recording with a split.
         weight: Of the law's term in the loss; None: as in the results of docs/spinn.md.
+
+    Raises:
+        ValueError: If no law is known for the name of the recording, or it does not fit.
     """
-    recording = data.recording
+    recording, ends = data.recording, data.pairs(data.train)
+    if recording.name not in WEIGHTS:
+        raise ValueError(
+            f"which law holds for {recording.name!r}? Name the recording 'wear' or 'milling' (Archard's law) or "
+            "'thermal' (lumped heat), or train without a law"
+        )
+    if len(ends) < 2:
+        raise ValueError(
+            f"{len(ends)} pairs of training rows lie {recording.lag} rows apart (lag) in one sequence; a law needs two "
+            "at least: take a smaller lag, or train without a law"
+        )
     weight = WEIGHTS[recording.name] if weight is None else weight
     if recording.name == "thermal":
         return _heat(data, weight)
-    ends = data.pairs(data.train)
+    if len(recording.drives) != 1:
+        raise ValueError(f"Archard's law has one drive, load × speed; the recording has {len(recording.drives)}")
     pairs = take_pairs(data, ends, data.targets[ends[:, 0]], data.targets[ends[:, 1]])
     k = float((pairs.rate * pairs.drive).sum() / pairs.drive.square().sum())
     return Archard(
@@ -241,9 +255,14 @@ def _heat(data: Prepared, weight: float) -> LumpedHeat:
     recording, train = data.recording, data.train
     lags, means = [], []
     for time, done in per_sequence(recording.sequence, recording.time, recording.drive):
+        if len(time) < 2:  # its drive is not known: an integral tells means between rows
+            means.append(np.full_like(done, np.nan))
+            lags.append(means[-1])
+            continue
         drive = np.diff(done, axis=0) / np.diff(time)[:, None]  # means from row to row
         means.append(np.concatenate([drive[:1], drive]))
         lags.append(lagged(means[-1], START_TAU, float(np.diff(time).mean())))
+    train = train[torch.tensor(np.isfinite(np.concatenate(means)).all(1))[train]]
     now, late = (torch.tensor(np.concatenate(x))[train] for x in (means, lags))
     usual = torch.stack([now.mean(0), now.std(0).clamp(min=1e-12)])
     size = data.targets[train].std(0)

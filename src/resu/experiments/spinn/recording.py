@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resu.experiments.spinn.signals import Array, scaled
+from resu.experiments.spinn.signals import Array, per_sequence, scaled
 
 __all__ = ["Prepared", "Recording"]
 
@@ -24,13 +25,14 @@ class Recording:
     """One quantity as measured, in physical units.
 
     Attributes:
-        name: ``"wear"``, ``"milling"`` or ``"thermal"``.
+        name: Says which law holds: ``"wear"`` or ``"milling"`` Archard's, ``"thermal"`` lumped heat.
         inputs: ``[rows, features]``, causal: a row looks at its own past only.
         features: Names of the columns.
         targets: ``[rows, channels]``.
         channels: Names of the columns.
         unit: Of the targets.
-        time: ``[rows]``, rising within a sequence.
+        time: ``[rows]``, rising within a sequence; one clock for all sequences of a group, for it tells the first part
+            of its life.
         time_unit: Its unit.
         drive: ``[rows, drives]``: integrals over time, within a sequence, of what drives the physics.
         drives: What the integrands are, with units.
@@ -39,6 +41,9 @@ class Recording:
         group_name: The word for it.
         lag: Rows between the two ends of a finite difference.
         parts: Groups that train, validate and test.
+
+    Raises:
+        ValueError: If shapes do not fit, rows of a sequence do not lie together, or time does not rise along them.
     """
 
     name: str
@@ -57,6 +62,17 @@ class Recording:
     lag: int
     parts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
+    def __post_init__(self) -> None:
+        rows = len(self.time)
+        for what, names in (("inputs", self.features), ("targets", self.channels), ("drive", self.drives)):
+            _check_shape(what, getattr(self, what), (rows, len(names)))
+        for what in ("time", "sequence", "group"):
+            _check_shape(what, getattr(self, what), (rows,))
+        numbers = dict.fromkeys(self.sequence.tolist())
+        for number, (time,) in zip(numbers, per_sequence(self.sequence, self.time), strict=True):
+            if (np.diff(time) <= 0).any():
+                raise ValueError(f"time does not rise from row to row in sequence {number}")
+
     def groups(self) -> list[int]:
         """All groups, rising."""
         return [int(g) for g in np.unique(self.group)]
@@ -72,7 +88,8 @@ class Recording:
             parts: Groups that train, validate and test; None: those of the recording.
 
         Raises:
-            ValueError: If a group is in two parts, is unknown, or there is nothing to train or to test on.
+            ValueError: If a group is in two parts, is unknown, or there is nothing to train or to test on; if rows that
+                train or validate are not finite.
         """
         chosen = self.parts if parts is None else parts
         listed = [g for part in chosen for g in part]
@@ -85,6 +102,7 @@ class Recording:
         train, val, test = (self.rows(part) for part in chosen)
         if not len(train) or not len(test):
             raise ValueError(f"a split needs at least one {self.group_name} to train on and one to test on")
+        self._check_finite(np.concatenate([train, val]))
         inputs = scaled(self.inputs, train, SPREAD)
         return Prepared(
             self,
@@ -95,11 +113,29 @@ class Recording:
             *(torch.tensor(rows) for rows in (train, val, test)),
         )
 
+    def _check_finite(self, known: NDArray[np.int64]) -> None:
+        columns = np.c_[self.inputs, self.targets, self.drive, self.time][known]
+        names = (*self.features, *self.channels, *(f"drive {name!r}" for name in self.drives), "time")
+        if (bad := ~np.isfinite(columns)).any():
+            row, column = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{names[column]} is {columns[row, column]} in row {known[row]} ({self.group_name} "
+                f"{self.group[known[row]]}; {int(bad.any(1).sum())} rows have such values): rows that train or "
+                "validate need a number in every column; leave them out or fill them in"
+            )
+
     def without(self, groups: Iterable[int]) -> Prepared:
         """A split whose test part is these groups; all others train or, where they do anyway, validate."""
         left = tuple(groups)
         val = tuple(g for g in self.parts[1] if g not in left)
         return self.prepare((tuple(g for g in self.groups() if g not in (*left, *val)), val, left))
+
+
+def _check_shape(what: str, found: NDArray[Any], wanted: tuple[int, ...]) -> None:
+    if found.shape != wanted:
+        raise ValueError(
+            f"{what} must have the shape {list(wanted)} (rows, and a column per name), got {list(found.shape)}"
+        )
 
 
 @dataclass(frozen=True)

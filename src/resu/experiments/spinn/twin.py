@@ -40,6 +40,9 @@ class Twin(nn.Module):
         network: ``[rows, inputs] → [rows, channels]``, about of size 1.
         targets: ``[rows, channels]`` of the training part: their mean and standard deviation are the scale.
         law: Part of the module, so that checkpoints hold its constants; None: no physics.
+
+    Raises:
+        ValueError: If a channel does not vary over the targets: it has no scale.
     """
 
     mean: Tensor
@@ -47,6 +50,11 @@ class Twin(nn.Module):
 
     def __init__(self, network: nn.Sequential, targets: Tensor, law: Archard | LumpedHeat | None = None) -> None:
         super().__init__()
+        still = (targets == targets[:1]).all(0).nonzero()[:, 0].tolist()
+        if still:
+            raise ValueError(
+                f"channels {still} of the targets are the same in all {len(targets)} rows to train on; leave them out"
+            )
         self.network, self.law = network, law
         self.register_buffer("mean", targets.mean(0))
         self.register_buffer("scale", targets.std(0))
