@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from resu.cli.prune import collapse, grouped, left_out, parse_sparsities
+from resu.cli._pruned_layers import collapse, grouped, left_out
+from resu.cli.prune import parse_sparsities
 from resu.core.mask_files import read_masks
 from resu.experiments.hf_pruning import minilm_directory, sentences
 from resu.integrations.hf import load_model
@@ -268,10 +269,11 @@ def test_bad_calibration(refused, stories, texts, tmp_path):
     assert "workers" in line("--calibration", texts[0], "--workers", 2)
     (tmp_path / "bad.jsonl").write_text("{")
     assert "line 1" in line("--calibration", tmp_path / "bad.jsonl")
-    assert "is a folder" in line("--calibration", tmp_path)
+    (tmp_path / "texts").mkdir()
+    assert "is a folder" in line("--calibration", tmp_path / "texts")
     for args in (("--samples", 0), ("--length", 1), ("--workers", 0), ("--seed", "text")):
         assert f"'{args[0]}'" in line("--calibration", texts[0], *args)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "short.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "short.txt", "texts"]
 
 
 def test_bad_directories(refused, stories, texts, tmp_path):
