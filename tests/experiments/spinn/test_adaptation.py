@@ -24,12 +24,15 @@ from resu.experiments.spinn.adaptation import (
 )
 from resu.experiments.spinn.closed_form import solving_cost
 from resu.experiments.spinn.jobs import Job, jobs, one
+from resu.experiments.spinn.laws import law_for
 from resu.experiments.spinn.mixing import mixture
 from resu.experiments.spinn.new_tools import products_without
 from resu.experiments.spinn.results import KnownToolRow, Results
 from resu.experiments.spinn.ridge import ridge_weights
 from resu.experiments.spinn.runs import dense_twin
+from resu.experiments.spinn.twin import Twin
 from tests.experiments.spinn.conftest import made_up
+from tests.experiments.spinn.test_closed_form import warm
 from tests.experiments.spinn.test_sparse import HIDDEN, RECIPE, twin_of
 
 
@@ -175,7 +178,7 @@ def test_comparison_counts_what_it_says(data):
     assert result.adapted[1] == result.before
     missed = adapt(twin, data, rows).predict(data.inputs[rest]) - data.targets[rest]
     assert result.adapted[0] == pytest.approx(float(missed.square().mean().sqrt()))
-    full = training_cost(twin.network, 32, 60) + solving_cost(twin.network, 160 + len(rows))
+    full = training_cost(twin.network, 32, 60) + solving_cost(twin, 160 + len(rows))
     assert result.cost == adapting_cost(twin, 160, len(rows)) / full
 
 
@@ -198,7 +201,16 @@ def test_input_groups_without_a_first_part_or_a_rest_are_refused(recording, data
 def test_costs_by_hand():
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     assert training_cost(network, 10, 7) == 3 * 8 * 10 * 7
-    assert solving_cost(network, 10) == 8 * 10 + 10 * 4 + 7 * (8 // 3)
+    twin = Twin(network, torch.arange(3.0)[:, None])
+    assert solving_cost(twin, 10) == 8 * 10 + 10 * 4 + 7 * (8 // 3)
+
+
+def test_a_law_of_heat_has_a_matrix_per_channel():
+    data = warm().prepare()
+    network = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Linear(3, 2))
+    twin = Twin(network, data.targets[data.train], law_for(data))
+    assert solving_cost(twin, 10) == 24 * 10 + 10 * 9 * (1 + 2) + 7 * 2 * (27 // 3)
+    assert adapting_cost(twin, 10, 5) == 24 * 15 + 15 * 9 * (1 + 2) + 6 * 2 * 27 // 3
 
 
 def test_cost_of_adapting_by_hand(data):

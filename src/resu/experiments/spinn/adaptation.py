@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from resu.experiments.spinn.closed_form import output_layer, output_solutions, solving_cost
+from resu.experiments.spinn.closed_form import normal_cost, output_layer, output_solutions, solving_cost
 from resu.experiments.spinn.fitting import Recipe, fit
 from resu.experiments.spinn.mixing import mixture
 from resu.experiments.spinn.neurons import widths
@@ -221,7 +221,7 @@ def adapting_cost(twin: Twin, known: int, new: int) -> int:
     """Multiply-adds of one pass, zeros counted too, of the normal equations, and of solving them for each penalty."""
     last = output_layer(twin)
     used = int(_used(last).sum())
-    passing = _weights(twin.network) * (known + new) + (known + new) * used**2
+    passing = _weights(twin.network) * (known + new) + normal_cost(twin, known + new, used)
     return passing + len(PENALTIES) * last.out_features * used**3 // 3
 
 
@@ -266,7 +266,7 @@ def compare_adaptation(
     ended = time.process_time()
     adapted += [adapt(twin, data, rows, mixed) for mixed in shares[1:]]
     full = training_cost(again.network, recipe.rows, recipe.steps)
-    full += solving_cost(again.network, len(data.train) + len(rows))
+    full += (1 + recipe.settle) * solving_cost(again, len(data.train) + len(rows))
 
     def error(model: Twin) -> float:
         return float((model.predict(data.inputs[rest]) - data.targets[rest]).square().mean().sqrt())

@@ -16,7 +16,15 @@ from resu.experiments.spinn.laws import LumpedHeat, take_pairs
 from resu.experiments.spinn.recording import Prepared
 from resu.experiments.spinn.twin import Twin
 
-__all__ = ["PENALTIES", "Solved", "output_layer", "output_solutions", "solve_output", "solving_cost"]
+__all__ = [
+    "PENALTIES",
+    "Solved",
+    "normal_cost",
+    "output_layer",
+    "output_solutions",
+    "solve_output",
+    "solving_cost",
+]
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 3000.0, 10000.0, 30000.0)
 
@@ -142,10 +150,14 @@ def _normal_equations(
     return found
 
 
-def solving_cost(network: nn.Sequential, rows: int) -> int:
+def normal_cost(twin: Twin, rows: int, units: int) -> int:
+    """Multiply-adds of the normal equations: one matrix for all channels; with lumped heat one more for each."""
+    return rows * units**2 * (1 + output_layer(twin).out_features * isinstance(twin.law, LumpedHeat))
+
+
+def solving_cost(twin: Twin, rows: int) -> int:
     """Multiply-adds of one pass over ``rows``, of the normal equations, and of solving them for each penalty."""
-    last = network[-1]
-    assert isinstance(last, nn.Linear)
+    last = output_layer(twin)
     width = last.in_features
-    passing = sum(p.numel() for p in network.parameters() if p.ndim == 2) * rows
-    return passing + rows * width**2 + len(PENALTIES) * last.out_features * (width**3 // 3)
+    passing = sum(p.numel() for p in twin.network.parameters() if p.ndim == 2) * rows
+    return passing + normal_cost(twin, rows, width) + len(PENALTIES) * last.out_features * (width**3 // 3)
