@@ -161,7 +161,7 @@ def times(name: str, model: Any) -> Iterator[Times]:
         for shape in SHAPES[name]:
             inputs = sample_inputs(model, *shape)
             costs = Costs.of(model, inputs)
-            counts = kept_counts(costs.sites, Fractions(heads, ffn))
+            counts = kept_counts(costs.sites, Fractions(heads, ffn, round_to=8))
             parameters, macs = costs.after(counts)
             latency = measured_latency([model, smaller_copy(model, counts, None)], inputs, 31)
             first = {site.kind: f"{counts[site.name]} of {site.count}" for site in reversed(costs.sites)}
