@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resu.pruning.structured import GradualShrinker, StructuredPruner, shrink_iteratively
+from resu.pruning.structured import BlockPruner, GradualShrinker, StructuredPruner, shrink_iteratively
 from resu.pruning.structured import target as targets
 from resu.pruning.structured.sizes import Latency
 from resu.pruning.structured.target import meet_target
@@ -114,3 +114,30 @@ def test_channels_stay_last(conv: type[nn.Conv2d], x: Tensor, form: torch.memory
         assert not layer.weight.is_contiguous()
         assert layer.weight.is_contiguous(memory_format=form)
         assert optimizer.state[layer.weight]["momentum_buffer"].stride() == layer.weight.stride()
+
+
+def test_what_is_no_optimizer_of_the_model_is_refused() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.inner(x)
+            return out
+
+    model = nn.Sequential(Residual(), Residual(), *net())
+    stale = torch.optim.SGD(net().parameters(), lr=0.1)
+    several = [torch.optim.SGD(model[0].parameters()), torch.optim.SGD(model[2].parameters())]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(model.parameters()), lambda epoch: 1.0)
+    x = torch.ones(3, 4)
+    for pruner in (StructuredPruner(0.5, x), BlockPruner(0.5, x, calibration=[x])):
+        with pytest.raises(ValueError, match=r"holds none of the model's parameters.*make a fresh one"):
+            pruner.prune(model, stale)
+        for other in (several, scheduler):
+            with pytest.raises(TypeError, match=r"optimizer is one torch\.optim\.Optimizer, got"):
+                pruner.prune(model, other)  # type: ignore[arg-type]
+        assert (len(list(model.parameters())), model[2].out_features) == (10, 8)
+    some = torch.optim.SGD(model[4].parameters(), lr=0.1, momentum=0.9)  # what is trained of a frozen model
+    StructuredPruner(0.5, x).prune(model, some)
+    assert some.param_groups[0]["params"][0] is model[4].weight

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from resu.core.globs import glob_list, glob_matches, listing
 from resu.pruning.structured.attributes import is_direction
 from resu.pruning.structured.block_trials import calls_of, changed_kinds, hindrance, passes_on, untrainable
+from resu.pruning.structured.optimizers import check_optimizer
 from resu.pruning.structured.removal import Removal, check_undivided
 from resu.pruning.structured.running import double_copy, random_like
 from resu.pruning.structured.slots import slots
@@ -187,6 +188,7 @@ def remove_blocks(model: nn.Module, names: Collection[str], optimizer: Optimizer
     Raises:
         AttributeError: If the model has no module of a name.
         TypeError: If the optimizer is an LBFGS with a state, which is one vector for all parameters; or names is one.
+        ValueError: If the optimizer is not of this model, or the model is wrapped for several processes.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -197,10 +199,9 @@ def remove_blocks(model: nn.Module, names: Collection[str], optimizer: Optimizer
     if isinstance(names, str):
         raise TypeError(f"names is a list of module names, got {names!r} alone; pass [{names!r}]")
     check_undivided(model)
+    check_optimizer(model, optimizer)
     modules = {name: model.get_submodule(name) for name in names}
     gone = {id(p) for module in modules.values() for p in module.parameters()}
-    if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
-        raise TypeError("LBFGS keeps all parameters in one vector, which cannot be cut; make a fresh one afterwards")
     done = Removal()
     try:
         for name, module in modules.items():

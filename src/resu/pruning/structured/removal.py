@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from resu.core.sharding import is_sharded
 from resu.pruning.structured.attributes import is_direction, recomputed, repaired_attributes, set_attribute
+from resu.pruning.structured.optimizers import check_optimizer, exchange, smaller_states
 from resu.pruning.structured.slots import Slot, sliced, slots
-from resu.pruning.trees import leaves
 
 __all__ = ["Removal", "Slices", "check_undivided", "mask_tensors", "shrink_tensors"]
 
@@ -100,7 +100,8 @@ def shrink_tensors(
     Raises:
         KeyError: If the model has no tensor of a name.
         ValueError: If indices are out of range, none is kept, hooks hang on a parameter (masks that are held), a layer
-            cannot be smaller in that way, or the model is wrapped for several processes; nothing has changed then.
+            cannot be smaller in that way, the model is wrapped for several processes, or the optimizer is not of this
+            model; nothing has changed then.
         TypeError: If state of the optimizer cannot be cut; nothing has changed then.
 
     Example:
@@ -111,6 +112,7 @@ def shrink_tensors(
         (Linear(in_features=4, out_features=2, bias=True), 2)
     """
     check_undivided(model)
+    check_optimizer(model, optimizer)
     found = slots(model)
     by_tensor: dict[int, tuple[Tensor, list[Slot], dict[int, Tensor]]] = {}
     for name, dims in slices.items():
@@ -129,7 +131,7 @@ def shrink_tensors(
             _check_hooks(name, slot.tensor)
     # All that can fail is made before anything is put in place.
     new = {key: _smaller(tensor, kept) for key, (tensor, _, kept) in by_tensor.items()}
-    states = _smaller_states(optimizer, by_tensor)
+    states = smaller_states(optimizer, by_tensor)
     wanted = repaired_attributes(model, {s.name: kept for _, where, kept in by_tensor.values() for s in where})
     for module_name, values in (attributes or {}).items():
         wanted.setdefault(module_name, {}).update(values)
@@ -146,7 +148,7 @@ def shrink_tensors(
         for slot in (slot for _, where, _ in by_tensor.values() for slot in where):
             done._back.extend(recomputed(slot.module))
         if optimizer is not None:
-            _exchange(optimizer, by_tensor, new, states, done._back)
+            exchange(optimizer, by_tensor, new, states, done._back)
     except BaseException:
         done.undo()
         raise
@@ -198,7 +200,7 @@ def check_undivided(model: nn.Module) -> None:
 def _checked(name: str, tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
     if not 0 <= dim < tensor.ndim:
         raise ValueError(f"{name!r} has {tensor.ndim} dimensions, there is no dimension {dim}")
-    indices = torch.as_tensor(indices, dtype=torch.int64).cpu()
+    indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
     n = tensor.shape[dim]
     if indices.ndim != 1 or not indices.numel():
         raise ValueError(f"{name!r} would keep nothing of dimension {dim}; keep at least one of its {n} indices")
@@ -223,67 +225,3 @@ def _smaller(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
         value.grad = sliced(tensor.grad, kept)
     value.__dict__.update(tensor.__dict__)  # marks that users put on parameters
     return value
-
-
-Tied = Mapping[int, tuple[Tensor, list[Slot], dict[int, Tensor]]]
-
-
-def _smaller_states(optimizer: Optimizer | None, tied: Tied) -> dict[int, dict[str, Any]]:
-    states: dict[int, dict[str, Any]] = {}
-    if optimizer is None:
-        return states
-    if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
-        raise TypeError("LBFGS keeps all parameters in one vector, which cannot be cut; make a fresh one afterwards")
-    for key, (tensor, where, kept) in tied.items():
-        if tensor in optimizer.state:
-            states[key] = {
-                name: _smaller_state(value, tensor, kept, f"{name!r} of {where[0].name!r}", optimizer)
-                for name, value in optimizer.state[tensor].items()
-            }
-    return states
-
-
-def _smaller_state(value: Any, tensor: Tensor, kept: Mapping[int, Tensor], what: str, optimizer: Optimizer) -> Any:
-    if not isinstance(value, Tensor):
-        if any(isinstance(leaf, Tensor) and leaf.numel() > 1 for _, leaf in leaves(value)):
-            raise TypeError(
-                f"{type(optimizer).__name__} keeps {what} as a {type(value).__name__} of tensors, which cannot be cut; "
-                "make a fresh optimizer after the removal"
-            )
-        return value
-    if value.numel() == 1:
-        return value
-    # Second moments by rows and columns have size 1 in the other dimension (torch.optim.Adafactor).
-    fits = value.ndim == tensor.ndim and all(a in (1, b) for a, b in zip(value.shape, tensor.shape, strict=True))
-    if fits:
-        try:
-            return sliced(value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1})
-        except (RuntimeError, NotImplementedError) as error:
-            raise TypeError(f"{type(optimizer).__name__} keeps {what} in a form that cannot be cut: {error}") from error
-    raise TypeError(
-        f"{type(optimizer).__name__} keeps {what} as {tuple(value.shape)}, which cannot be cut as the parameter's "
-        f"{tuple(tensor.shape)} is; make a fresh optimizer after the removal"
-    )
-
-
-def _exchange(
-    optimizer: Optimizer,
-    tied: Tied,
-    new: Mapping[int, Tensor],
-    states: Mapping[int, dict[str, Any]],
-    back: list[Callable[[], None]],
-) -> None:
-    for group in optimizer.param_groups:
-        before = list(group["params"])
-        group["params"][:] = [new.get(id(p), p) for p in before]  # the same list: others may hold it
-        back.append(lambda group=group, before=before: group["params"].__setitem__(slice(None), before))  # type: ignore[misc]
-    for key, state in states.items():
-        old, fresh = tied[key][0], new[key]
-        whole = optimizer.state.pop(old)
-        optimizer.state[fresh] = state
-
-        def restore(old: Tensor = old, fresh: Tensor = fresh, whole: Any = whole) -> None:
-            optimizer.state.pop(fresh, None)
-            optimizer.state[old] = whole
-
-        back.append(restore)
