@@ -42,6 +42,18 @@ def test_in_inference_mode_parameters_stay_trainable() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_the_default_device_is_no_matter(scope: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, groups=2), nn.GroupNorm(3, 6), nn.Flatten(), nn.Linear(96, 4)]
+    model, other, images = nn.Sequential(*layers), stack(), torch.randn(2, 3, 8, 8)
+    with torch.device("meta"):  # whatever would be made there has no values
+        assert StructuredPruner(0.5, images, scope=scope, target="macs").prune(model).units["0"][0] == 4
+        assert StructuredPruner(0.5, X, scope=scope).compute_masks(other)
+        for loss_fn in (None, lambda m, x: m(x).square().mean()):
+            assert len(BlockPruner(0.5, X, calibration=[X], loss_fn=loss_fn).prune(other).units) in (1, 2)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at it
 def test_nothing_is_compiled_to_try_things_out() -> None:
     graphs: list[object] = []

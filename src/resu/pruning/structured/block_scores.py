@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,7 @@ def block_scores(
 def _losses(
     model: nn.Module, names: Sequence[str], batches: Sequence[Any], loss_fn: Callable[[nn.Module, Any], Tensor]
 ) -> Tensor:
-    scores = torch.zeros(len(names), dtype=torch.float64)
+    scores = torch.zeros(len(names), dtype=torch.float64, device="cpu")
     with _batch_statistics(model):
         for index, name in enumerate(names):
             removal = remove_blocks(model, [name])
@@ -64,7 +65,8 @@ def _losses(
             finally:
                 removal.undo()
             for loss in losses:
-                if not isinstance(loss, (Tensor, float)) or not bool(torch.isfinite(torch.as_tensor(loss)).all()):
+                one = isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1)
+                if not one or not math.isfinite(float(loss)):
                     raise ValueError(f"loss_fn must return one finite number; without block {name!r} it gave {loss!r}")
             scores[index] = sum(map(float, losses)) / len(losses)
     return scores
@@ -84,7 +86,7 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def _influences(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> Tensor:
-    sums, counts = torch.zeros(2, len(names), dtype=torch.float64)
+    sums, counts = torch.zeros(2, len(names), dtype=torch.float64, device="cpu")
     before: dict[int, Tensor] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     hooks = []

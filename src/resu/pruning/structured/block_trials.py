@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resu.pruning.statistics import eager, undisturbed
 from resu.pruning.structured.outputs import difference
-from resu.pruning.structured.running import call, cloned, differentiable_outputs, in_float64
+from resu.pruning.structured.running import call, cloned, differentiable_outputs, in_float64, normal_like
 from resu.pruning.structured.slots import slots
 from resu.pruning.structured.trace import check_runs
 from resu.pruning.structured.training import seeded
@@ -95,7 +95,7 @@ def passes_on(zeroed: nn.Module, calls: Sequence[Call], rtol: float) -> bool:
                 got = zeroed(*_copied(args), **_copied(kwargs))
             except Exception:  # a module may check its weights, or divide by them
                 return zeroed.training  # batch norm wants more than one value there: nothing is known then
-            off = (got - wanted).abs().max() if wanted.numel() else torch.zeros(())
+            off = (got - wanted).abs().max() if wanted.numel() else wanted.sum()
             if not bool(off <= rtol * wanted.abs().max()):
                 return False
     return True
@@ -203,7 +203,7 @@ def _gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor] | str:
     generator = torch.Generator().manual_seed(0)
     try:
         outputs = differentiable_outputs(model, cloned(inputs))
-        weights = [torch.randn(out.shape, dtype=out.dtype, generator=generator).to(out.device) for out in outputs]
+        weights = [normal_like(out, generator) for out in outputs]
         if outputs:
             torch.autograd.backward(outputs, weights)
     except Exception as error:  # whatever a model may raise

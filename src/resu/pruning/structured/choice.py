@@ -96,10 +96,10 @@ def _global(groups: Mapping[str, Group], scores: Mapping[str, Tensor], gone: int
     for k, name in enumerate(names):
         score = scores[name].double()
         relative = score / score.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        best = torch.zeros(len(score), dtype=torch.bool)
+        best = torch.zeros_like(score, dtype=torch.bool)
         best[int(score.argmax())] = True
         ranked.append(relative[~best])
-        owner.append(torch.full((len(score) - 1,), k))
+        owner.append(torch.full((len(score) - 1,), k, device="cpu"))
     values, owners = torch.cat(ranked), torch.cat(owner)
     kept = top_k_mask(values, max(len(values) - gone, 0))
     counts = torch.bincount(owners[kept], minlength=len(names)) + 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resu.pruning.structured.groups import Group, Place
 from resu.pruning.structured.removal import mask_tensors
-from resu.pruning.structured.running import add_noise, differentiable_outputs, double_copy, random_like
+from resu.pruning.structured.running import add_noise, differentiable_outputs, double_copy, normal_like, random_like
 from resu.pruning.structured.slots import slots
 from resu.pruning.structured.training import seeded
 from resu.pruning.structured.verify import compare
@@ -64,7 +64,7 @@ def _without_gradient(
     weights = {name: slot.tensor.requires_grad_() for name, slot in slots(model).items() if _is_weight(slot.tensor)}
     try:
         outputs = differentiable_outputs(model, inputs)
-        random = [torch.randn(out.shape, dtype=out.dtype, generator=generator).to(out.device) for out in outputs]
+        random = [normal_like(out, generator) for out in outputs]
         grads = torch.autograd.grad(outputs, list(weights.values()), random, allow_unused=True)
     except Exception:  # whatever a model may raise that was not written to be differentiated
         return suspects
@@ -83,7 +83,7 @@ def _without_gradient(
 
 def _silence(model: nn.Module, place: Place, indices: Tensor) -> None:
     name, dim = place
-    kept = torch.ones(slots(model)[name].tensor.shape[dim], dtype=torch.bool)
+    kept = torch.ones(slots(model)[name].tensor.shape[dim], dtype=torch.bool, device="cpu")
     kept[indices.reshape(-1)] = False
     mask_tensors(model, {name: {dim: kept.nonzero().view(-1)}})
 

@@ -81,7 +81,7 @@ class Structure:
                 continue
             for place, indices in self.groups[name].places.items():
                 n = found[place[0]].tensor.shape[place[1]]
-                stays = left.setdefault(place, torch.ones(n, dtype=torch.bool))
+                stays = left.setdefault(place, torch.ones(n, dtype=torch.bool, device="cpu"))
                 stays[indices[~mask].reshape(-1)] = False
         result: dict[str, dict[int, Tensor]] = {}
         for (name, dim), stays in left.items():
@@ -120,7 +120,7 @@ class Structure:
         for name, mask in kept.items():
             (tensor, dim), indices = next(iter(self.groups[name].places.items()))
             labels.append(self.trace.units.roots(self.trace.labels[tensor][dim])[indices[~mask][:, 0]])
-        return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
+        return torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def chosen(
         self, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, *, later: bool = False
@@ -218,7 +218,7 @@ def find_structure(model: nn.Module, example_inputs: Any) -> Structure:
         name, k = layers[0], 2
         while name in groups:
             name, k = f"{layers[0]}#{k}", k + 1
-        groups[name] = Group(name, {p: torch.tensor([m[p] for m in members]) for p, _ in kind}, layers)
+        groups[name] = Group(name, {p: torch.tensor([m[p] for m in members], device="cpu") for p, _ in kind}, layers)
         free.update(layers)
     return Structure(groups, {n: why for n, why in fixed.items() if n not in free}, found)
 

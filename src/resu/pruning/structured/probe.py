@@ -84,8 +84,8 @@ def usable_groups(
     trial = {}
     for name, group in groups.items():
         n = len(group)
-        trial[name] = torch.ones(n, dtype=torch.bool)
-        trial[name][torch.randperm(n, generator=generator)[: max(1, n // 3)]] = False
+        trial[name] = torch.ones(n, dtype=torch.bool, device="cpu")
+        trial[name][torch.randperm(n, generator=generator, device="cpu")[: max(1, n // 3)]] = False
 
     def check(names: Collection[str], guessed: Collection[str]) -> Check:
         some = {name: trial[name] for name in names}

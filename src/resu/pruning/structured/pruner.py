@@ -154,7 +154,7 @@ class StructuredPruner:
             if tensor.ndim > 1 and isinstance(tensor, nn.Parameter):
                 mask = torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
                 for dim, indices in dims.items():
-                    gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+                    gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device="cpu")
                     gone[indices] = False
                     mask.index_fill_(dim, gone.nonzero().view(-1).to(mask.device), False)
                 masks[name] = mask & within[name].to(mask.device) if within and name in within else mask

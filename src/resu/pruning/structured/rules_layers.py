@@ -101,7 +101,7 @@ def _grouped(
                 units.fix(c, f"{what}, several outputs for each input")
             return [], [], []
         tied = [units.tie(c.view(groups, -1), (1,), what).view(-1) for c in over_out]
-        watcher.note_size(groups, (tied or inputs or [torch.zeros(groups, dtype=torch.int64)])[0])
+        watcher.note_size(groups, (tied or inputs or [torch.zeros(groups, dtype=torch.int64, device="cpu")])[0])
         for c in tied:
             for i in inputs:
                 units.unite(c, i, what)

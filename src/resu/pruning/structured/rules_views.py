@@ -177,7 +177,7 @@ def _cat(watcher: Watcher, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
     along, across = [], []
     for x in tensors:
         inside, rest = apart(units, watcher.labels_of(x), [dim])
-        mine = torch.zeros([x.shape[d] if d == dim else 1 for d in range(out.ndim)], dtype=torch.int64)
+        mine = torch.zeros([x.shape[d] if d == dim else 1 for d in range(out.ndim)], dtype=torch.int64, device="cpu")
         for c in inside:
             others = tuple(d for d in varying(c) if d != dim)
             c = units.tie(c, others, what) if others else c

@@ -24,6 +24,7 @@ __all__ = [
     "differentiable_outputs",
     "double_copy",
     "in_float64",
+    "normal_like",
     "plain_copy",
     "plain_forward",
     "random_like",
@@ -143,13 +144,20 @@ def random_like(inputs: Any, generator: torch.Generator | None) -> Any:
         if generator is None or not bool(torch.isfinite(wide).all()):
             return wide
         if wide.is_complex() or not wide.numel() or float(wide.min()) < 0 or bool((wide == wide.reshape(-1)[0]).all()):
-            return torch.randn(wide.shape, dtype=wide.dtype, generator=generator).to(wide.device)
+            return normal_like(wide, generator)
         if bool(((wide == 0) | (wide == 1)).all()):
             return wide
         low, high = wide.min(), wide.max()
-        return low + (high - low) * torch.rand(wide.shape, dtype=wide.dtype, generator=generator).to(wide.device)
+        return low + (high - low) * torch.rand(wide.shape, dtype=wide.dtype, generator=generator, device="cpu").to(
+            wide.device
+        )
 
     return map_leaves(drawn, inputs)
+
+
+def normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers of a tensor's shape and dtype, on its device: drawn on the CPU, where the generator is."""
+    return torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator, device="cpu").to(tensor.device)
 
 
 @torch.no_grad()
@@ -158,8 +166,7 @@ def add_noise(model: nn.Module, generator: torch.Generator, share: float = 0.1) 
     for parameter in model.parameters():
         if (parameter.is_floating_point() or parameter.is_complex()) and parameter.numel():
             size = float(parameter.abs().square().mean().sqrt()) or 1.0
-            noise = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
-            parameter.add_(noise.to(parameter.device), alpha=share * size)
+            parameter.add_(normal_like(parameter, generator), alpha=share * size)
 
 
 def differentiable_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

@@ -69,7 +69,7 @@ def unit_scores(
         values = _registered(model, names, importance, calibration, loss_fn, seed)
     result = {}
     for group_name, group in groups.items():
-        total = torch.zeros(len(group), dtype=torch.float64)
+        total = torch.zeros(len(group), dtype=torch.float64, device="cpu")
         parts = 0
         for (name, dim), indices in group.places.items():
             if name in values:

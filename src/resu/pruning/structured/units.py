@@ -44,7 +44,7 @@ class Units:
         self._size += n
         if self._size > have:
             self._parent = np.concatenate([self._parent, np.arange(have, max(self._size, 2 * have))])
-        return torch.arange(first, self._size)
+        return torch.from_numpy(np.arange(first, self._size))
 
     def roots(self, labels: Tensor) -> Tensor:
         """The label that stands for each one's unit."""
