@@ -1,4 +1,6 @@
-"""Tables from rows, by hand."""
+"""Tables from rows, by hand; and those of the page."""
+
+from pathlib import Path
 
 from resu.experiments.spinn.results import (
     FieldRow,
@@ -10,7 +12,17 @@ from resu.experiments.spinn.results import (
     TwinRow,
     add,
 )
-from resu.experiments.spinn.table import tables
+from resu.experiments.spinn.table import (
+    field_table,
+    main_table,
+    new_tool_table,
+    origins_table,
+    physics_table,
+    share_table,
+    tables,
+)
+
+REPO = Path(__file__).parents[3]
 
 
 def twin(quantity, way, *, physics=True, seed=0, test=0.5):
@@ -88,3 +100,13 @@ def test_a_run_that_was_cut_off_between_two_rows_and_run_again_counts_once(tmp_p
         add(tmp_path, row)
     found = Results.read(tmp_path)
     assert found == Results(twins=ways, origins=origins, known_tools=pairs, new_tools=run)
+
+
+def test_the_page_shows_the_rows_that_are_there():
+    """All tables but those of groups left out, which need the recordings."""
+    found, text = Results.read(REPO / "benchmarks" / "results" / "spinn"), (REPO / "docs" / "spinn.md").read_text()
+    shown = [main_table(found.twins), origins_table(found.origins), share_table(found.new_tools)]
+    shown += [field_table(found.fields), physics_table(found.twins)]
+    for name, unit in (("wear", "µm"), ("milling", "mm")):
+        shown.append(new_tool_table([row for row in found.new_tools if row.quantity == name], unit))
+    assert all(table in text for table in shown)
