@@ -31,6 +31,13 @@ def test_a_cut_line_is_left_out_and_the_next_is_whole(tmp_path):
     assert [row.count for row in rows.read(file, Row)] == [0, 2]
 
 
+def test_two_writers_that_begin_at_once_leave_two_heads(tmp_path):
+    file = tmp_path / "a.csv"
+    rows.append(file, Row("x", 1.0, 0, True, "end"))
+    file.write_text(2 * file.read_text())
+    assert [row.name for row in rows.read(file, Row)] == ["x", "x"]
+
+
 def test_other_columns_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     with pytest.raises(ValueError, match="has the columns x, y; expected name, value"):
