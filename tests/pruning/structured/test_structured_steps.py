@@ -85,6 +85,27 @@ def test_a_time_that_an_earlier_step_went_below_is_no_error(monkeypatch: pytest.
     assert not reached.met
 
 
+def test_one_measurement_that_misleads_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def searched(times: list[float]) -> float:
+        measured = iter(times)
+
+        def latencies(models: list[nn.Module], inputs: object) -> Latency:
+            ratio = next(measured)
+            return Latency((1.0, ratio), (1.0, ratio))
+
+        monkeypatch.setattr(targets, "latencies", latencies)
+        model = net()
+
+        def kept_at(share: float) -> dict[str, Tensor]:
+            return {"0": torch.arange(8) >= round(7 * share)}
+
+        return meet_target(model, "latency", 0.5, X, kept_at, lambda kept: model)[1].reached
+
+    assert searched([0.9, 0.2, 1.0, 0.5]) == 0.5
+    with pytest.raises(ValueError, match=r"cannot be reduced by 50%: with .*, 20% are gone"):
+        searched([0.9, 0.8])
+
+
 def test_lists_of_tensors_in_a_state_are_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
