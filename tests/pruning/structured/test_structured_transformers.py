@@ -32,12 +32,19 @@ def mixtral():
     return transformers.MixtralForCausalLM(config)
 
 
+def opt():
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.OPTConfig(vocab_size=50, max_position_embeddings=40, word_embed_proj_dim=32, **sizes)
+    return transformers.OPTForCausalLM(config)
+
+
 @pytest.mark.parametrize(
     ("make", "heads", "neurons"),
     [
         (llama, {"model.layers.0.self_attn.q_proj": (2, 1)}, {"model.layers.0.mlp.gate_proj": (48, 24)}),
         (bert, {"encoder.layer.1.attention.self.query": (4, 2)}, {"encoder.layer.1.intermediate.dense": (48, 24)}),
         (gpt2, {"transformer.h.0.attn.c_attn": (4, 2)}, {"transformer.h.0.mlp.c_fc": (128, 64)}),
+        (opt, {"model.decoder.layers.0.self_attn.k_proj": (4, 2)}, {"model.decoder.layers.1.fc1": (48, 24)}),
         (mixtral, {"model.layers.0.self_attn.q_proj": (2, 1)}, {}),
     ],
 )
