@@ -413,11 +413,14 @@ def test_a_sentence_encoder_with_fewer_heads_and_half_the_width(resu, refused, m
 
 
 @pytest.mark.slow
-def test_a_latency_is_met_on_this_machine(resu, minilm, tmp_path):
+def test_a_latency_is_met_or_said_to_be_missed(resu, minilm, tmp_path):
     source, _, _ = minilm
     report = document(resu, source, "--target-latency", "0.5x", "--out", tmp_path / "out")
     assert report["target"]["reached"] == report["latency"]["ratio"]
-    assert abs(report["target"]["reached"] / 0.5 - 1) < 0.1  # 5 % where the machine is quiet
+    # Whether it is met depends on what else runs here; benchmarks/bench_latency_targets.py measures that.
+    missed = abs(report["target"]["reached"] / 0.5 - 1) > 0.05
+    assert any("asked for" in line for line in report["warnings"]) == missed
+    assert report["macs"]["after"] < report["macs"]["before"]
     assert sizes_of(load_shrunk_transformer(tmp_path / "out")) == report["sizes"]["after"]
 
 
