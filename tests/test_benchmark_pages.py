@@ -20,6 +20,7 @@ RESULTS = REPO / "benchmarks" / "results"
     [
         ("export", "export"),
         ("finetune_shard", "finetune"),
+        ("latency_targets", "structured"),
         ("peft", "peft"),
         ("shrink_resnet", "structured"),
         ("shrink_transformers", "shrink"),
